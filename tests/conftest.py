@@ -1,0 +1,35 @@
+"""Fixtures every room's tests share: recorded numbers and, where present, real scans.
+
+Recorded numbers ship in tests/data; real scans are looked for and skipped when missing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Path:
+    """Folder of the recorded reference numbers (tests/data)."""
+    return ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real scans: $USAM_TEST_DATA, else ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("USAM_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real scans under {folder}; set USAM_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
