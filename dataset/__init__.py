@@ -1,0 +1,1 @@
+"""Data for training and evaluation: slices in, uint8 tensors out."""
