@@ -1,0 +1,339 @@
+"""Prompts: the published evaluation rule, geometry, small and empty masks, fair simulated clicks.
+
+Fixtures are recorded in tests/data; those that need real slices are skipped without them.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from usam.prompts import (
+    boxes_from_masks,
+    largest_error_click,
+    next_clicks,
+    points_from_masks,
+    prompts_from_masks,
+)
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def random_masks(num_images=4, num_classes=3, height=20, width=30):
+    mask = torch.randint(num_classes, (num_images, height, width))
+    mask[:, :3], mask[:, :, -4:] = 0, 0
+    return mask
+
+
+def values_at(mask, coords):
+    """Mask values (N, P) under points (N, P, 2) in (x, y)."""
+    x, y = coords.long().unbind(-1)
+    return mask[torch.arange(len(mask)).unsqueeze(1), y, x]
+
+
+# Boxes and points
+
+
+def test_evaluation_prompts_equal_the_published_ones(recorded, shared_data):
+    slices = json.loads((recorded / "usam_data.json").read_text())["slices"]
+    paths = {path.stem: path for path in shared_data.glob("care/**/*.npz")}
+    assert paths.keys() & slices.keys()
+    for name in sorted(paths.keys() & slices.keys()):
+        wanted = slices[name]
+        mask = torch.from_numpy(np.load(paths[name])["label"]).clamp(max=2).long().unsqueeze(0)
+        pixels = torch.bincount(mask.flatten(), minlength=3).tolist()
+        assert pixels == wanted["mask_pixels_per_class"]
+        assert boxes_from_masks(mask).tolist() == [wanted["box_xyxy"]]
+        coords, labels = points_from_masks(mask, 3)
+        if set(wanted["points_class"]) == {1, 2}:
+            assert coords[0].long().tolist() == wanted["points_xy"]
+            assert labels.tolist() == [[1] * 6]
+        else:  # the published one-class branch draws other points: there the rule is ours
+            present = wanted["points_class"][0]
+            assert labels[0].view(2, 3)[present - 1].tolist() == [1] * 3
+            assert labels[0].view(2, 3)[2 - present].tolist() == [-1] * 3
+
+
+def test_even_points_by_hand():
+    mask = torch.zeros(1, 6, 10, dtype=torch.long)
+    mask[0, 1:5, 2:7] = 1  # 20 pixels, 5 a row: numbers 0, 8 and 16 are chosen
+    coords, labels = points_from_masks(mask, 2)
+    assert coords.tolist() == [[[2, 1], [5, 2], [3, 4]]]
+    assert labels.tolist() == [[1, 1, 1]]
+    assert (coords.dtype, labels.dtype) == (torch.float32, torch.int64)
+
+
+def test_box_by_hand_is_xyxy_with_a_margin_of_two():
+    mask = torch.zeros(2, 20, 30, dtype=torch.long)
+    mask[0, 5, 8], mask[0, 9, 17], mask[1, 0, 0], mask[1, 19, 29] = 1, 2, 2, 1
+    assert boxes_from_masks(mask).tolist() == [[6, 3, 19, 11], [0, 0, 30, 20]]
+    assert boxes_from_masks(mask, margin=0).tolist() == [[8, 5, 17, 9], [0, 0, 29, 19]]
+
+
+def test_random_margins_are_zero_to_four_on_each_side_apart():
+    mask = torch.zeros(400, 40, 40, dtype=torch.long)
+    mask[:, 10:21, 12:25] = 1
+    margins = (boxes_from_masks(mask, generator=seed()) - torch.tensor([12, 10, 24, 20])).abs()
+    for side in margins.T:
+        assert side.unique().tolist() == [0, 1, 2, 3, 4]
+        assert side.mean().item() == pytest.approx(2, abs=0.3)
+    assert torch.corrcoef(margins.T).triu(1).abs().max() < 0.2
+
+
+def test_random_points_lie_in_their_own_class():
+    mask = random_masks(num_images=50)
+    coords, labels = points_from_masks(mask, 3, generator=seed())
+    assert (labels == 1).all()
+    assert values_at(mask, coords).tolist() == [[1, 1, 1, 2, 2, 2]] * 50
+
+
+def test_random_points_reach_every_pixel_equally_often():
+    mask = torch.zeros(1, 4, 5, dtype=torch.long)
+    mask[0, 1, 1:4], mask[0, 3, 4] = 1, 1
+    coords, _ = points_from_masks(mask.expand(2000, -1, -1), 2, generator=seed())
+    places, counts = coords.reshape(-1, 2).unique(dim=0, return_counts=True)
+    assert places.tolist() == [[1, 1], [2, 1], [3, 1], [4, 3]]
+    assert (counts - 1500).abs().max() < 150  # four standard deviations
+
+
+def test_points_are_xy():
+    mask = torch.zeros(1, 5, 9, dtype=torch.long)
+    mask[0, 1, 7] = 1
+    for generator in (None, seed()):
+        assert points_from_masks(mask, 2, generator=generator)[0].tolist() == [[[7, 1]] * 3]
+
+
+@pytest.mark.parametrize("generator_seed", [None, 3])
+def test_prompts_move_with_the_mask(generator_seed):
+    mask = torch.zeros(2, 16, 16, dtype=torch.long)
+    mask[0, 3, 9], mask[1, 12, 5] = 1, 1
+
+    def prompts(mask):
+        generator = None if generator_seed is None else seed(generator_seed)
+        coords, _ = points_from_masks(mask, 2, generator=generator)
+        return coords, boxes_from_masks(mask, margin=0)
+
+    coords, boxes = prompts(mask)
+    for moved, x_y in [(mask.flip(2), [15, None]), (mask.flip(1), [None, 15])]:
+        wanted_coords, wanted_boxes = coords.clone(), boxes.clone()
+        for axis, last in enumerate(x_y):
+            if last is not None:
+                wanted_coords[..., axis] = last - coords[..., axis]
+                wanted_boxes[:, [axis, axis + 2]] = last - boxes[:, [axis + 2, axis]]
+        for found, wanted in zip(prompts(moved), (wanted_coords, wanted_boxes), strict=True):
+            assert torch.equal(found, wanted)
+    turned_coords, turned_boxes = prompts(mask.transpose(1, 2))
+    assert torch.equal(turned_coords, coords.flip(-1))
+    assert torch.equal(turned_boxes, boxes[:, [1, 0, 3, 2]])
+
+
+@pytest.mark.parametrize("num_pixels", range(1, 10))
+def test_masks_of_a_few_pixels_give_points(num_pixels):
+    mask = torch.zeros(1, 8 * 9, dtype=torch.long)
+    mask[0, torch.randperm(72)[:num_pixels]] = 1
+    mask = mask.view(1, 8, 9)
+    for generator in (None, seed(num_pixels)):
+        coords, labels = points_from_masks(mask, 2, generator=generator)
+        assert labels.tolist() == [[1, 1, 1]]
+        assert (values_at(mask, coords) == 1).all()
+
+
+def test_absent_classes_get_points_that_are_not_points():
+    mask = torch.zeros(2, 8, 8, dtype=torch.long)
+    mask[0, 4, 4] = 2
+    for generator in (None, seed()):
+        coords, labels = points_from_masks(mask, 3, generator=generator)
+        assert labels.tolist() == [[-1, -1, -1, 1, 1, 1], [-1] * 6]
+        assert coords[1].tolist() == [[0, 0]] * 6
+        assert coords[0].tolist() == [[0, 0]] * 3 + [[4, 4]] * 3
+
+
+def test_an_empty_mask_gives_the_whole_image_as_box():
+    mask = torch.zeros(2, 6, 9, dtype=torch.long)
+    for generator in (None, seed()):
+        assert boxes_from_masks(mask, generator=generator).tolist() == [[0, 0, 9, 6]] * 2
+
+
+def test_a_sample_alone_gets_the_evaluation_prompts_it_gets_in_a_batch():
+    mask = random_masks(num_images=70, num_classes=17)
+    coords, labels = points_from_masks(mask, 17)
+    boxes = boxes_from_masks(mask)
+    for k in (0, 33, 69):
+        alone = points_from_masks(mask[k : k + 1], 17)
+        assert torch.equal(coords[k], alone[0][0])
+        assert torch.equal(labels[k], alone[1][0])
+        assert torch.equal(boxes[k], boxes_from_masks(mask[k : k + 1])[0])
+
+
+@pytest.mark.parametrize("points_per_class", [1, 2, 5, 30])
+def test_other_numbers_of_points(points_per_class):
+    mask = random_masks()
+    for generator in (None, seed()):
+        coords, labels = points_from_masks(
+            mask, 3, points_per_class=points_per_class, generator=generator
+        )
+        assert coords.shape == (4, 2 * points_per_class, 2)
+        wanted = [1] * points_per_class + [2] * points_per_class
+        assert values_at(mask, coords).tolist() == [wanted] * 4
+        assert (labels == 1).all()
+
+
+@pytest.mark.parametrize("mode", range(4))
+def test_prompt_modes_choose_points_and_boxes(mode):
+    prompts = prompts_from_masks(random_masks(), 3, mode, seed())
+    assert (prompts["points"] is not None) == (mode in (2, 3))
+    assert (prompts["boxes"] is not None) == (mode in (1, 3))
+
+
+def test_unknown_prompt_mode_is_refused():
+    with pytest.raises(ValueError, match="prompt mode 4"):
+        prompts_from_masks(random_masks(), 3, 4)
+
+
+def test_equal_generators_draw_equal_prompts_and_others_do_not():
+    mask = random_masks()
+
+    def flat(number):
+        prompts = prompts_from_masks(mask, 3, 3, seed(number))
+        return torch.cat([prompts["points"][0].flatten(), prompts["boxes"].flatten()])
+
+    assert torch.equal(flat(1), flat(1))
+    assert not torch.equal(flat(1), flat(2))
+    before = torch.get_rng_state()
+    flat(1)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+
+
+def test_masks_of_any_integer_type_and_layout():
+    mask = random_masks(height=18, width=18)
+    turned = mask.transpose(1, 2).contiguous().transpose(1, 2)
+    for other in (mask.to(torch.uint8), mask.int(), turned):
+        for number in (None, 5):
+            generators = [None if number is None else seed(number) for _ in range(2)]
+            wanted = prompts_from_masks(mask, 3, 3, generators[0])
+            found = prompts_from_masks(other, 3, 3, generators[1])
+            assert torch.equal(found["boxes"], wanted["boxes"])
+            assert torch.equal(found["points"][0], wanted["points"][0])
+
+
+def test_prompts_read_nothing_back_from_the_device():
+    mask = torch.empty(2, 8, 9, dtype=torch.long, device="meta")  # has no values to read
+    for generator in (None, seed()):
+        prompts = prompts_from_masks(mask, 3, 3, generator)
+        assert prompts["points"][0].shape == (2, 6, 2)
+        assert prompts["boxes"].shape == (2, 4)
+    volume = torch.empty(2, 1, 4, 5, 6, device="meta")
+    coords, labels = next_clicks(volume, volume, seed())
+    assert (coords.shape, labels.shape) == ((2, 1, 3), (2, 1))
+
+
+# Clicks in volumes
+
+
+def cube(shape, low, high):
+    volume = torch.zeros(1, *shape, dtype=torch.bool)
+    volume[(0, *(slice(a, b) for a, b in zip(low, high, strict=True)))] = True
+    return volume
+
+
+def as_logits(volume):
+    return (volume.float() * 2 - 1).unsqueeze(1)
+
+
+@pytest.mark.parametrize("click", [next_clicks, lambda *args: largest_error_click(*args[:2])])
+def test_clicks_fall_on_errors_with_the_masks_label(click):
+    mask = torch.rand(40, 5, 6, 7) < 0.4
+    logits = torch.randn(40, 1, 5, 6, 7)
+    coords, labels = click(logits, mask, seed())
+    assert (coords.dtype, labels.dtype) == (torch.float32, torch.int64)
+    at = (torch.arange(40), *coords[:, 0].long().unbind(-1))
+    assert torch.equal(labels[:, 0], mask[at].long())
+    assert torch.equal(logits[:, 0][at] > 0, ~mask[at])
+    assert labels.unique().tolist() == [0, 1]
+
+
+def test_random_clicks_reach_missed_and_added_voxels_equally_often():
+    mask, predicted = cube((4, 5, 6), (1, 1, 1), (2, 2, 4)), cube((4, 5, 6), (1, 1, 2), (2, 2, 5))
+    many = (3000, -1, -1, -1)
+    coords, labels = next_clicks(
+        as_logits(predicted).expand(3000, -1, -1, -1, -1), mask.expand(many), seed()
+    )
+    places, counts = torch.cat([coords[:, 0], labels], 1).unique(dim=0, return_counts=True)
+    assert places.tolist() == [[1, 1, 1, 1], [1, 1, 4, 0]]  # missed, added
+    assert (counts - 1500).abs().max() < 120
+
+
+def test_first_click_on_a_zero_prediction_lies_in_the_object():
+    mask = cube((4, 5, 6), (1, 2, 3), (2, 3, 5)).expand(50, -1, -1, -1)
+    coords, labels = next_clicks(torch.zeros(50, 1, 4, 5, 6), mask.unsqueeze(1), seed())
+    assert (labels == 1).all()
+    assert coords[:, 0].unique(dim=0).tolist() == [[1, 2, 3], [1, 2, 4]]
+
+
+def test_a_perfect_prediction_is_clicked_in_the_object():
+    mask = cube((4, 5, 6), (1, 2, 3), (3, 4, 5))
+    for coords, labels in (
+        next_clicks(as_logits(mask), mask, seed()),
+        largest_error_click(as_logits(mask), mask),
+    ):
+        assert labels.tolist() == [[1]]
+        assert mask[(0, *coords[0, 0].long())]
+
+
+def test_no_object_and_no_error_gives_a_negative_click():
+    mask = torch.zeros(30, 5, 5, 5, dtype=torch.uint8)
+    coords, labels = next_clicks(as_logits(mask), mask, seed())
+    assert (labels == 0).all()
+    assert len(coords[:, 0].unique(dim=0)) > 20  # anywhere in the volume
+    coords, labels = largest_error_click(as_logits(mask), mask)
+    assert coords[0].tolist() == [[2, 2, 2]]
+    assert (labels == 0).all()
+
+
+def test_threshold_decides_what_is_object():
+    mask = cube((3, 3, 3), (1, 1, 1), (2, 2, 2))
+    logits = as_logits(mask) * 0.3
+    assert next_clicks(logits, mask, seed(), threshold=0.5)[1].tolist() == [[1]]
+    assert largest_error_click(-logits, ~mask, threshold=0.5)[1].tolist() == [[1]]
+
+
+def test_equal_generators_click_equally_in_volumes_of_real_size():
+    mask = torch.zeros(2, 128, 128, 128, dtype=torch.bool)
+    mask[0, 5:100, 20:90, 3:127], mask[1, 64, 1, 127] = True, True
+    logits = torch.zeros(2, 1, 128, 128, 128)
+    first, again = (next_clicks(logits, mask, seed(4))[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert first[1].tolist() == [[64, 1, 127]]
+    assert mask[(0, *first[0, 0].long())]
+
+
+def test_largest_error_is_clicked_at_its_centre():
+    mask = cube((12, 12, 12), (0, 0, 0), (3, 3, 3)) | cube((12, 12, 12), (5, 5, 6), (10, 10, 11))
+    nothing = torch.full((1, 1, 12, 12, 12), -1.0)
+    coords, labels = largest_error_click(nothing, mask)
+    assert (coords.tolist(), labels.tolist()) == ([[[7, 7, 8]]], [[1]])
+    coords, labels = largest_error_click(as_logits(mask), torch.zeros_like(mask))
+    assert (coords.tolist(), labels.tolist()) == ([[[7, 7, 8]]], [[0]])
+    # A missed and an added region that touch are two regions, not one twice as deep.
+    missed, added = cube((9, 9, 9), (1, 1, 1), (4, 4, 4)), cube((9, 9, 9), (4, 1, 1), (9, 6, 6))
+    coords, labels = largest_error_click(as_logits(added), missed)
+    assert (coords.tolist(), labels.tolist()) == ([[[6, 3, 3]]], [[0]])
+
+
+def test_depth_in_a_region_equals_scipys_distance():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    missed = torch.nn.functional.avg_pool3d(torch.rand(6, 1, 24, 17, 20), 5, 1, 2)[:, 0] < 0.49
+    coords, _ = largest_error_click(torch.full((6, 1, 24, 17, 20), -1.0), missed)
+    for k in range(6):
+        depth = ndimage.distance_transform_edt(np.pad(missed[k].numpy(), 1))[1:-1, 1:-1, 1:-1]
+        assert depth[tuple(coords[k, 0].long())] == depth.max()
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match=r"found \(1, 1, 4, 4, 4\) and \(1, 8, 8, 8\)"):
+        next_clicks(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 8, 8, 8), seed())

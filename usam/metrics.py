@@ -1,0 +1,114 @@
+"""Overlap of predicted and true label maps, pooled over a whole set as integer counts.
+
+The engine updates one `ClassCounts` an evaluation, reduces it once and prints its summary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ClassCounts:
+    """Pixels by true and predicted class, summed over all updates without waiting for the device.
+
+    `tensor` (C, C) int64 holds the confusion matrix, row = true class, column = predicted class.
+    Sums are exact, so the order and size of batches and the number of processes change nothing;
+    one all-reduce (sum) of `tensor` joins processes.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count one batch.
+
+        prediction: logits (N, C, *S) float, or a label map (N, *S) integer in [0, C);
+        target (N, *S) integer in [0, C). Raises ValueError if sizes or classes differ.
+        """
+        if prediction.dim() == target.dim() + 1 and prediction.shape[1] == self.num_classes:
+            prediction = prediction.argmax(dim=1)
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"wanted logits (N, {self.num_classes}, *S) or labels (N, *S) for a target "
+                f"{tuple(target.shape)}, found {tuple(prediction.shape)}"
+            )
+        if target.numel() == 0:
+            return
+        width = target.shape[-1]
+        pairs = (target.long() * self.num_classes + prediction).reshape(-1, width)
+        # torch.bincount reads its maximum back from a GPU. A histogram a row of pixels needs
+        # no such wait and keeps the many additions from meeting in the same few numbers.
+        rows = pairs.new_zeros(pairs.shape[0], self.num_classes**2, dtype=torch.int32)
+        rows.scatter_add_(1, pairs, rows.new_ones(1, 1).expand_as(pairs))
+        self.tensor += rows.sum(dim=0).view_as(self.tensor)
+
+    def summary(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Pooled Dice and IoU per class and their means, as strict JSON (None, never NaN).
+
+        class_names: one a class, background first. Gives
+        {"dice": {name: float | None}, "iou": {name: float | None}, "mean_dice": float | None,
+        "mean_iou": float | None, "absent": [names]}. A class neither labelled nor predicted
+        anywhere is None and absent; the means leave out such classes and the background, and
+        are None when nothing remains. Raises ValueError if the number of names is wrong.
+        """
+        if len(class_names) != self.num_classes:
+            raise ValueError(
+                f"wanted {self.num_classes} class names, found {len(class_names)}: "
+                f"{', '.join(class_names)}"
+            )
+        matrix = self.tensor.cpu()
+        overlap = matrix.diagonal().tolist()
+        size = (matrix.sum(dim=0) + matrix.sum(dim=1)).tolist()
+        dice = {
+            name: 2 * both / total if total else None
+            for name, both, total in zip(class_names, overlap, size, strict=True)
+        }
+        iou = {
+            name: both / (total - both) if total else None
+            for name, both, total in zip(class_names, overlap, size, strict=True)
+        }
+        return {
+            "dice": dice,
+            "iou": iou,
+            "mean_dice": _mean([dice[name] for name in class_names[1:]]),
+            "mean_iou": _mean([iou[name] for name in class_names[1:]]),
+            "absent": [name for name in class_names if dice[name] is None],
+        }
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """The summary of `ClassCounts` as aligned lines: class, Dice, IoU, then the means.
+
+    Absent classes show a dash, and a last line says that the means leave them out.
+    """
+    last = "mean without background"
+    width = max(len(name) for name in [*summary["dice"], last])
+    lines = [f"{'class':<{width}}    Dice     IoU"]
+    for name, dice in summary["dice"].items():
+        lines.append(f"{name:<{width}}  {_cell(dice)}  {_cell(summary['iou'][name])}")
+    lines.append(f"{last:<{width}}  {_cell(summary['mean_dice'])}  {_cell(summary['mean_iou'])}")
+    if summary["absent"]:
+        names = ", ".join(summary["absent"])
+        lines.append(f"neither labelled nor predicted, left out of the means: {names}")
+    return "\n".join(lines)
+
+
+def rank_score(score: float | None) -> float:
+    """The score as a number to compare by: None and NaN rank below every finite number."""
+    return -math.inf if score is None or math.isnan(score) else float(score)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-':>6}" if value is None else f"{value:6.4f}"
