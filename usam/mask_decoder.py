@@ -1,0 +1,128 @@
+"""U-SAM's prompt encoder and mask decoder, on `segment_anything`'s own.
+
+usam.model joins them to the image encoder; names are those of the published code.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import PromptEncoder as SamPromptEncoder
+from segment_anything.modeling import TwoWayTransformer
+from segment_anything.modeling.mask_decoder import MLP
+from torch import Tensor, nn
+
+from usam.sam_vit import PATCH, PROMPT_WIDTH
+from usam.unet_path import UpBlock
+
+NUM_MASK_TOKENS = 32
+MAP_WIDTH = 32  # channels of the maps that the mask tokens weigh
+
+
+class PromptEncoder(SamPromptEncoder):
+    """SAM's prompt encoder for points and boxes, in float32, without a wait for the device.
+
+    Mask prompts are left out. The embedding of negative points (label 0) is never trained by
+    U-SAM, so it is frozen; SAM's value serves where negative points are given.
+    """
+
+    def __init__(self, img_size: int) -> None:
+        grid = img_size // PATCH
+        super().__init__(PROMPT_WIDTH, (grid, grid), (img_size, img_size), mask_in_chans=16)
+        del self.mask_downscaling
+        self.point_embeddings[0].requires_grad_(False)
+
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None = None, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sparse tokens (N or 1, n, 256) and the dense prompt (N or 1, 256, h, w).
+
+        points: coordinates (N, P, 2) pixels (x, y) and labels (N, P): 1 object, 0 background,
+        -1 not a point. boxes (N, 4) pixels (x1, y1, x2, y2). Without prompts N is 1, n is 0.
+        """
+        with torch.autocast(self.no_mask_embed.weight.device.type, enabled=False):
+            sparse, dense = super().forward(points, boxes, masks=None)
+            # Embeddings a prompt mode leaves unused still get a (zero) gradient, so that
+            # DistributedDataParallel waits for the same set of parameters in every mode.
+            trained = [*self.point_embeddings[1:], self.not_a_point_embed]
+            return sparse, dense + 0.0 * sum(embedding.weight.sum() for embedding in trained)
+
+    def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        # SAM's own selects rows by boolean masks, which makes the host wait for the device.
+        if pad:
+            points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+        label = labels.unsqueeze(-1)
+        position = self.pe_layer.forward_with_coords(points + 0.5, self.input_image_size)
+        embedded = torch.where(label == -1, self.not_a_point_embed.weight, position)
+        for kind in (0, 1):
+            embedded = embedded + (label == kind) * self.point_embeddings[kind].weight
+        return embedded
+
+
+class MaskDecoder(nn.Module):
+    """Image embedding, prompts and skips -> logits (N, num_classes, H, W), float32.
+
+    The two-way transformer lets 32 mask tokens and the prompts attend to the image; three up
+    blocks bring the image to 1/2, where each token weighs its 32 maps; the last block and two
+    convolutions follow at full size.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.transformer = TwoWayTransformer(2, PROMPT_WIDTH, num_heads=8, mlp_dim=2048)
+        self.iou_token = nn.Embedding(1, PROMPT_WIDTH)  # attended to, though nothing reads it
+        self.mask_tokens = nn.Embedding(NUM_MASK_TOKENS, PROMPT_WIDTH)
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(PROMPT_WIDTH, PROMPT_WIDTH, MAP_WIDTH, 3) for _ in range(NUM_MASK_TOKENS)
+        )
+        self.up4 = UpBlock(256, 128)
+        self.up3 = UpBlock(128, 64)
+        self.up2 = UpBlock(64, MAP_WIDTH)
+        self.up1 = UpBlock(NUM_MASK_TOKENS, 32)
+        self.final_output = nn.Sequential(
+            nn.Conv2d(32, 32, kernel_size=3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, num_classes, kernel_size=1, bias=False),
+        )
+
+    def forward(
+        self, embedding: Tensor, position: Tensor, prompts: tuple[Tensor, Tensor], *, skips: list
+    ) -> Tensor:
+        """Logits of the prompted image.
+
+        embedding (N, 256, h, w); position (1, 256, h, w); prompts: sparse tokens and dense
+        prompt of PromptEncoder; skips of DownPath.
+        """
+        x1, x2, x3, x4 = skips
+        tokens, image = self.attend(embedding, position, prompts)
+        maps = self.up2(self.up3(self.up4(image, x4), x3), x2)  # (N, 32, H/2, W/2)
+        weights = self.hypernetworks(tokens)  # (N, 32, 32)
+        masks = torch.einsum("nmc,nchw->nmhw", weights, maps)
+        return self.final_output(self.up1(masks, x1)).float()
+
+    def attend(
+        self, embedding: Tensor, position: Tensor, prompts: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Mask tokens (N, 32, 256) and image (N, 256, h, w) after the two-way transformer."""
+        N, sparse, dense = len(embedding), *prompts
+        learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([learned.expand(N, -1, -1), sparse.expand(N, -1, -1)], dim=1)
+        tokens, image = self.transformer(embedding + dense, position, tokens)
+        image = image.transpose(1, 2).reshape(embedding.shape)
+        return tokens[:, 1 : 1 + NUM_MASK_TOKENS], image
+
+    def hypernetworks(self, tokens: Tensor) -> Tensor:
+        """Map weights (N, 32, 32) of mask tokens (N, 32, 256), each token by its own MLP.
+
+        The 32 MLPs keep their published names and run as three batched products.
+        """
+        mlps = self.output_hypernetworks_mlps
+        x = tokens.transpose(0, 1)  # (32, N, 256)
+        for depth in range(3):
+            layers = [mlp.layers[depth] for mlp in mlps]
+            weight = torch.stack([layer.weight for layer in layers])
+            bias = torch.stack([layer.bias for layer in layers])
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+            x = x if depth == 2 else x.relu()
+        return x.transpose(0, 1)
