@@ -1,1 +1,81 @@
-"""Data for training and evaluation: slices in, uint8 tensors out."""
+"""Data for training and evaluation: a name and a folder in, a Dataset of uint8 slices out.
+
+`u-sam.py` calls `build_dataset`; a new source of data becomes one more line of DATASETS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataset import rectum, word
+from dataset.slice_dataset import SliceDataset, split_slices, with_foreground
+from dataset.slices import SliceStore
+
+__all__ = ["DATASETS", "SliceDataset", "SliceStore", "build_dataset", "open_store"]
+
+
+class Source(NamedTuple):
+    """A source of slices: how its store is opened (and made), and how training uses it."""
+
+    open: Callable[..., SliceStore]
+    root: str | None = None  # where its data lies unless --data_root says otherwise
+    crop: float = 0.0  # share of the side cut off at each edge
+    foreground_only: bool = False  # in training
+
+
+def _open_phantom(folder: Path | str, **extra: Any) -> SliceStore:
+    if not (Path(folder) / "index.json").is_file():
+        from dataset import phantom
+
+        phantom.build(folder, **extra)
+    return SliceStore(folder)
+
+
+DATASETS = {
+    "rectum": Source(rectum.open_store, "data/CARE"),
+    "word": Source(word.open_store, "data/WORD", crop=word.CROP, foreground_only=True),
+    "phantom": Source(_open_phantom, "data/phantom"),
+    "store": Source(SliceStore),
+}
+
+
+def open_store(name: str, data_root: Path | str | None = None, **extra: Any) -> SliceStore:
+    """The slice store of a data set, made on first use where its source needs that.
+
+    Of several processes, one should call this before the others do. `extra` goes to the source.
+    Raises ValueError for an unknown name, FileNotFoundError where there is no data.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")
+    root = data_root if data_root is not None else DATASETS[name].root
+    if root is None:
+        raise ValueError(f"dataset {name}: --data_root must name the folder of a prepared store")
+    return DATASETS[name].open(root, **extra)
+
+
+def build_dataset(
+    name: str,
+    split: str,
+    *,
+    data_root: Path | str | None = None,
+    img_size: int = 224,
+    seed: int = 202307,
+    val_fraction: float = 0.1,
+    store: SliceStore | None = None,
+    **extra: Any,
+) -> SliceDataset:
+    """The slices of a split ("train", "val", "test") as a Dataset; see SliceDataset for items.
+
+    `store` spares opening it again. Validation may be empty (too few cases); training and test
+    may not: FileNotFoundError. Errors of open_store and split_slices pass through.
+    """
+    store = store or open_store(name, data_root, **extra)
+    chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction)
+    if split == "train" and DATASETS[name].foreground_only:
+        chosen = with_foreground(store, chosen)
+    if not chosen and (split != "val" or val_fraction == 0):
+        wanted = "test" if split == "val" else split
+        raise FileNotFoundError(f"dataset {name}: no {wanted} slices in {store.folder}")
+    return SliceDataset(store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop)

@@ -5,6 +5,7 @@ Preparation, the phantom and readers of releases write it; the Dataset and `veri
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -111,8 +112,11 @@ def write_index(folder: Path | str, index: Entry) -> Path:
 def move_into_place(scratch: Path, target: Path) -> None:
     """Renames a finished store to `target`, in place of an older one; never a mixture of the two.
 
-    When another process is quicker with the very same store, its copy stays and ours goes.
+    When another process is quicker with the very same store, its copy stays and ours goes. Raises
+    ValueError where `target` holds anything but a store: only stores are ever replaced.
     """
+    ours = (scratch / "index.json").read_bytes()
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
     while True:
         try:
             scratch.rename(target)
@@ -120,13 +124,14 @@ def move_into_place(scratch: Path, target: Path) -> None:
         except OSError:
             if not target.is_dir():
                 raise
-        theirs, ours = target / "index.json", scratch / "index.json"
-        if theirs.is_file() and theirs.read_bytes() == ours.read_bytes():
-            shutil.rmtree(scratch)
-            return
-        aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-        target.rename(aside)
-        shutil.rmtree(aside)
+        with contextlib.suppress(FileNotFoundError):  # another process is replacing it, too: again
+            if not (target / "index.json").is_file() and any(target.iterdir()):
+                raise ValueError(f"{target} is in the way: not a slice store; move it elsewhere")
+            if (target / "index.json").read_bytes() == ours:
+                shutil.rmtree(scratch)
+                return
+            target.rename(aside)
+            shutil.rmtree(aside)
 
 
 def check_index(index: object, where: str) -> None:

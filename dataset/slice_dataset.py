@@ -1,0 +1,165 @@
+"""The torch Dataset over a slice store: contrast, size, and which slices belong to a split.
+
+`build_dataset` makes it; loaders collate its items into `{"image", "mask", "id"}` batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset.slices import SliceStore
+
+TILES = (8, 8)
+CLIP_LIMIT = 2.0  # evaluation
+CLIP_LIMITS = (1.0, 4.0)  # training draws between these
+
+# Workers run side by side already, and OpenCV's threads do not survive the fork into one.
+cv2.setNumThreads(0)
+
+Slices = list[tuple[int, int]]
+
+
+def equalize(image: np.ndarray, clip_limit: float = CLIP_LIMIT) -> np.ndarray:
+    """CLAHE of a uint8 (H, W) image on 8 x 8 tiles, as U-SAM was trained; uint8 (H, W)."""
+    return cv2.createCLAHE(clipLimit=clip_limit, tileGridSize=TILES).apply(image)
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W) -> uint8 (size, size), cubic; the same array if that is its size."""
+    if image.shape == (size, size):
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """Labels uint8 (H, W) -> uint8 (size, size), the nearest label, aligned with the image."""
+    if mask.shape == (size, size):
+        return mask
+    # INTER_NEAREST takes the corner of each pixel, half a pixel off the cubic image.
+    return cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def with_foreground(store: SliceStore, slices: Slices) -> Slices:
+    """Those of `slices` that hold any label besides the background."""
+    return [(number, k) for number, k in slices if any(store.cases[number]["pixels"][k][1:])]
+
+
+def split_slices(
+    store: SliceStore, split: str, *, seed: int = 202307, val_fraction: float = 0.1
+) -> Slices:
+    """(case number, slice) of a split; training and validation never share a case.
+
+    A store with validation cases of its own keeps them. Otherwise `val_fraction` of the training
+    cases are drawn by `seed`: 0 makes validation the test split, and with fewer than four cases, or
+    a fraction that rounds to none, validation is empty. Raises ValueError for another split name.
+    """
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r} is not one of train, val, test")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction {val_fraction} must be at least 0 and below 1")
+    if split == "test" or (split == "val" and val_fraction == 0):
+        return store.slices("test")
+    if any(case["split"] == "val" for case in store.cases):
+        return store.slices(split)
+    training = store.slices("train")
+    held_out = _held_out({store.cases[n]["id"] for n, _ in training}, seed, val_fraction)
+    return [s for s in training if (store.cases[s[0]]["id"] in held_out) == (split == "val")]
+
+
+def _held_out(case_ids: set[str], seed: int, fraction: float) -> set[str]:
+    number = round(len(case_ids) * fraction)
+    if number < 1 or len(case_ids) < 4 or len(case_ids) - number < 2:
+        return set()
+    return set(np.random.default_rng(seed).permutation(sorted(case_ids))[:number].tolist())
+
+
+class SliceDataset(Dataset):
+    """Items `{"image": uint8 (1, H, W), "mask": uint8 (H, W), "id": str}` of a store's slices.
+
+    `dataset[index]` is the same every time (CLAHE at clip limit 2.0); `dataset[index, epoch]` is
+    the training draw, random by (seed, epoch, index) alone, so workers change nothing. CLAHE runs
+    at the stored size, where the store asks for it; then the slice becomes img_size x img_size.
+    `crop` is the share of the side cut off at each edge first.
+    """
+
+    def __init__(
+        self,
+        store: SliceStore,
+        slices: Slices,
+        *,
+        img_size: int = 224,
+        seed: int = 202307,
+        crop: float = 0.0,
+    ) -> None:
+        self.store = store
+        self.slices = slices
+        self.img_size = img_size
+        self.seed = seed
+        self.crop = crop
+        self.clahe = bool(store.index.get("clahe", False))
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label id; the first is the background."""
+        return self.store.classes
+
+    @property
+    def case_ids(self) -> list[str]:
+        """The cases these slices come from, each once, sorted."""
+        return sorted({self.store.cases[number]["id"] for number, _ in self.slices})
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a checkpoint must keep, so that prediction prepares a scan as training did."""
+        index = self.store.index
+        return {
+            "dataset": index.get("dataset"),
+            "classes": self.classes,
+            "colors": [row.get("color") for row in index["classes"]],
+            "img_size": self.img_size,
+            "window": index.get("window"),
+            "orientation": index.get("orientation"),
+            "spacing": index.get("spacing"),
+            "clahe": self.clahe,
+            "crop": self.crop,
+            "digest": self.store.digest,
+        }
+
+    def showcase(self, number: int) -> list[int]:
+        """Up to `number` indices for pictures: the slices with most classes, spread evenly."""
+        pixels = [self.store.cases[case]["pixels"][k] for case, k in self.slices]
+        shown = [sum(count > 0 for count in counts[1:]) for counts in pixels]
+        richest = [index for index, classes in enumerate(shown) if classes == max(shown)]
+        return [richest[len(richest) * i // number] for i in range(min(number, len(richest)))]
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        number, k = self.slices[index]
+        clip_limit = CLIP_LIMIT
+        if epoch is not None:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            clip_limit = float(rng.uniform(*CLIP_LIMITS))
+        image, mask = (self._cropped(array) for array in self.store.read(number, k))
+        channels = np.stack([self._channel(plane, clip_limit) for plane in (image,)])
+        return {
+            "image": torch.from_numpy(channels),
+            "mask": torch.from_numpy(np.array(resize_mask(mask, self.img_size))),
+            "id": self.store.cases[number]["slices"][k],
+        }
+
+    def _cropped(self, plane: np.ndarray) -> np.ndarray:
+        top, left = (round(side * self.crop) for side in plane.shape)
+        return plane[top : plane.shape[0] - top, left : plane.shape[1] - left]
+
+    def _channel(self, plane: np.ndarray, clip_limit: float) -> np.ndarray:
+        if self.clahe:
+            plane = equalize(plane, clip_limit)
+        return resize_image(plane, self.img_size)

@@ -1,0 +1,336 @@
+"""The slice store and the Dataset over it: whole or absent, checked, the same draws always."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dataset import DATASETS, build_dataset
+from dataset.slice_dataset import SliceDataset, equalize, resize_mask, split_slices
+from dataset.slices import SliceStore, move_into_place, npy_header, write_case, write_index
+
+CLASSES = [{"id": i, "name": n, "color": "#000000"} for i, n in enumerate(["background", "a", "b"])]
+
+
+def make_store(folder: Path, *, cases: int = 6, split: str = "train", side: int = 32) -> Path:
+    """A store of `cases` cases with three slices each; the middle one has no foreground."""
+    rng = np.random.default_rng(3)
+    entries = []
+    for number in range(cases):
+        image = rng.integers(0, 256, (3, side, side), dtype=np.uint8)
+        mask = np.zeros((3, side, side), np.uint8)
+        mask[::2, 4:9, 5:7] = 1 + number % 2
+        names = [f"c{number}_{k}" for k in range(3)]
+        entry = {"id": f"c{number}", "split": split, "file": f"{split}_c{number}", "slices": names}
+        entries.append(write_case(folder, entry, image, mask))
+    write_index(folder, index_of(entries))
+    return folder
+
+
+def index_of(entries: list[dict]) -> dict:
+    return {
+        "dataset": "folder",
+        "classes": CLASSES,
+        "window": [-160, 240],
+        "orientation": "LPS",
+        "clahe": True,
+        "source": "0",
+        "cases": entries,
+    }
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    image = np.arange(2 * 4 * 5, dtype=np.uint8).reshape(2, 4, 5)
+    mask = (image % 3).astype(np.uint8)
+    entry = {
+        "id": "x",
+        "split": "test",
+        "file": "x",
+        "slices": ["x0", "x1"],
+        "listed": [True, False],
+    }
+    write_index(tmp_path, index_of([write_case(tmp_path, entry, image, mask)]))
+    store = SliceStore(tmp_path)
+    assert store.classes == ["background", "a", "b"]
+    assert store.slices("test") == [(0, 0)]
+    assert store.slices("test", unlisted=True) == [(0, 0), (0, 1)]
+    assert store.slices("train") == []
+    assert store.cases[0]["pixels"] == [[7, 7, 6], [7, 6, 7]]
+    read = store.read(0, 1)
+    np.testing.assert_array_equal(read[0], image[1])
+    np.testing.assert_array_equal(read[1], mask[1])
+    assert isinstance(read[0], np.memmap)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_the_index_is_deterministic_and_sorted(tmp_path: Path) -> None:
+    first = SliceStore(make_store(tmp_path / "a"))
+    entries = json.loads((tmp_path / "a" / "index.json").read_text())["cases"]
+    write_index(tmp_path / "b", index_of(entries[::-1]))
+    assert SliceStore(tmp_path / "b").digest == first.digest
+    assert [case["id"] for case in first.cases] == [f"c{i}" for i in range(6)]
+
+
+def test_labels_outside_the_class_table_are_refused(tmp_path: Path) -> None:
+    mask = np.full((1, 4, 4), 3, np.uint8)
+    entry = {"id": "x", "split": "test", "file": "x", "slices": ["x0"]}
+    with pytest.raises(ValueError, match="x: labels outside the 3 classes"):
+        write_index(tmp_path, index_of([write_case(tmp_path, entry, mask, mask)]))
+    make_store(tmp_path / "s", cases=1)
+    path = tmp_path / "s" / "cases" / "train_c0.mask.npy"
+    np.save(path, np.full((3, 32, 32), 9, np.uint8))
+    with pytest.raises(ValueError, match="c0_1: label 9 is outside the table of 3"):
+        SliceStore(tmp_path / "s").read(0, 1)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "", "a\0b", "a\\b", ".x", "c:x", 7])
+def test_case_files_must_be_plain_names(tmp_path: Path, name: object) -> None:
+    array = np.zeros((1, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match="plain file name"):
+        write_case(tmp_path, {"file": name, "slices": ["x"]}, array, array)
+    index = json.loads((make_store(tmp_path / "s") / "index.json").read_text())
+    index["cases"][0]["file"] = name
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="plain file name"):
+        SliceStore(tmp_path / "s")
+
+
+def _set(key: str, value: object, case: bool = True):
+    def change(index: dict) -> None:
+        (index["cases"][0] if case else index)[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("format", 2, case=False), "format 1 wanted, found 2"),
+        (_set("classes", CLASSES[:1], case=False), "2 to 256 classes"),
+        (_set("classes", [*CLASSES, {"id": 9, "name": "c"}], case=False), "class 3 must be"),
+        (_set("classes", CLASSES[:2], case=False), "labels outside the 2 classes"),
+        (_set("cases", None, case=False), "no list of cases"),
+        (_set("cases", [3], case=False), "must be an object"),
+        (_set("split", "dev"), "train/val/test"),
+        (_set("id", 4), "text id"),
+        (_set("shape", [3, 32]), r"shape \[S, H, W\]"),
+        (_set("shape", [3, 32, -1]), r"shape \[S, H, W\]"),
+        (_set("slices", ["one"]), "3 slice names"),
+        (_set("listed", [True]), "'listed'"),
+        (_set("pixels", [[1, 2, 3]]), "pixel counts"),
+        (_set("file", "train_c1"), "two cases named"),
+    ],
+)
+def test_an_unsound_index_is_refused(tmp_path: Path, change, message: str) -> None:
+    index = json.loads((make_store(tmp_path, cases=2) / "index.json").read_text())
+    change(index)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        SliceStore(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", "\xff"])
+def test_an_index_that_is_not_one_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"index\.json"):
+        SliceStore(tmp_path)
+
+
+def test_a_folder_without_an_index_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no slice store in .*dataset phantom"):
+        SliceStore(tmp_path)
+
+
+def _npy(
+    shape: tuple[int, ...], descr: str = "|u1", fortran: bool = False, data: int = 64
+) -> bytes:
+    head = str({"descr": descr, "fortran_order": fortran, "shape": shape}).encode()
+    head += b" " * (118 - len(head)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(data)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not an array",
+        _npy((3, 32, 32)),
+        _npy((100_000, 1_000, 1_000)),
+        _npy((3, 32, 32), "|O"),
+        _npy((3, 32, 32), "<f8", data=3 * 32 * 32 * 8),
+        _npy((3, 32, 32), fortran=True, data=3 * 32 * 32),
+        b"\x93NUMPY\x02\x00" + b"\xff\xff\xff\xff" + b"{" * 5000,
+        b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16,
+    ],
+)
+def test_an_array_that_is_not_what_the_index_says_is_refused(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = make_store(tmp_path) / "cases" / "train_c0.image.npy"
+    path.write_bytes(content)
+    store = SliceStore(tmp_path)
+    with pytest.raises(ValueError, match=r"train_c0\.image\.npy"):
+        store.read(0, 0)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train_c0\.image\.npy"):
+        store.read(0, 0)
+
+
+def test_headers_of_good_arrays_are_read() -> None:
+    assert npy_header(_npy((3, 4)))[:3] == ((3, 4), False, np.dtype("u1"))
+
+
+def test_only_a_store_is_ever_replaced(tmp_path: Path) -> None:
+    make_store(tmp_path / "new", cases=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="in the way"):
+        move_into_place(tmp_path / "new", tmp_path / "mine")
+    make_store(tmp_path / "old", cases=2)
+    move_into_place(tmp_path / "new", tmp_path / "old")
+    assert len(SliceStore(tmp_path / "old").cases) == 1
+    move_into_place(make_store(tmp_path / "same", cases=1), tmp_path / "old")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "old"]
+
+
+def test_a_store_pickles_without_its_maps_and_keeps_few_open(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dataset.slices.MAX_OPEN_CASES", 2)
+    store = SliceStore(make_store(tmp_path))
+    small = len(pickle.dumps(store))
+    for number in range(6):
+        store.read(number, 0)
+    assert len(store._maps) == 2
+    assert len(pickle.dumps(store)) == small
+    again = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(again.read(4, 2)[0], store.read(4, 2)[0])
+
+
+def test_an_index_of_33000_slices_opens_quickly(tmp_path: Path) -> None:
+    row = [200_000] + [100] * 16
+    case = {"split": "train", "shape": [1, 512, 512], "listed": None, "pixels": [row]}
+    cases = [{**case, "id": str(i), "file": str(i), "slices": [str(i)]} for i in range(33_000)]
+    classes = [{"id": i, "name": str(i), "color": "#000000"} for i in range(17)]
+    write_index(tmp_path, {**index_of(cases), "classes": classes})
+    start = time.perf_counter()
+    assert len(SliceStore(tmp_path).slices("train")) == 33_000
+    assert time.perf_counter() - start < 5
+
+
+def test_an_item_is_uint8_and_the_same_every_time(tmp_path: Path) -> None:
+    dataset = build_dataset("store", "train", data_root=make_store(tmp_path), val_fraction=0)
+    item = dataset[2]
+    assert item["id"] == "c0_2"
+    assert item["image"].shape == (1, 224, 224)
+    assert item["image"].dtype == item["mask"].dtype == torch.uint8
+    assert item["mask"].shape == (224, 224)
+    assert torch.equal(item["image"], dataset[2]["image"])
+    assert dataset.classes == ["background", "a", "b"]
+    assert dataset.info["window"] == [-160, 240]
+    assert dataset.info["img_size"] == 224
+
+
+def test_an_item_at_the_stored_size_is_the_equalized_slice(tmp_path: Path) -> None:
+    store = SliceStore(make_store(tmp_path))
+    item = SliceDataset(store, store.slices("train"), img_size=32)[0]
+    image, mask = store.read(0, 0)
+    np.testing.assert_array_equal(item["image"][0].numpy(), equalize(np.array(image), 2.0))
+    np.testing.assert_array_equal(item["mask"].numpy(), mask)
+    assert item["mask"].numpy().flags.writeable
+
+
+def test_a_store_without_clahe_keeps_its_intensities(tmp_path: Path) -> None:
+    store = SliceStore(make_store(tmp_path))
+    store.index["clahe"] = False
+    item = SliceDataset(store, store.slices("train"), img_size=32)[0]
+    np.testing.assert_array_equal(item["image"][0].numpy(), store.read(0, 0)[0])
+
+
+def test_a_resized_mask_stays_centred() -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:6, 2:6] = 1
+    for size in (3, 16, 20):
+        small = resize_mask(mask, size)
+        np.testing.assert_array_equal(small, small[::-1, ::-1])
+
+
+def test_training_draws_differ_by_epoch_and_not_by_workers(tmp_path: Path) -> None:
+    root = make_store(tmp_path, side=128)  # clip limits only tell on tiles of some size
+    dataset = build_dataset("store", "train", data_root=root, val_fraction=0)
+    assert not torch.equal(dataset[0, 0]["image"], dataset[0, 1]["image"])
+    keys = [(index, 3) for index in range(len(dataset))]
+    batches = [
+        list(DataLoader(dataset, batch_size=4, sampler=keys, num_workers=workers))
+        for workers in (0, 2)
+    ]
+    for alone, shared in zip(*batches, strict=True):
+        assert alone["id"] == shared["id"]
+        assert torch.equal(alone["image"], shared["image"])
+        assert torch.equal(alone["mask"], shared["mask"])
+
+
+def test_workers_may_be_spawned(tmp_path: Path) -> None:
+    dataset = build_dataset("store", "train", data_root=make_store(tmp_path), val_fraction=0)
+    dataset[0]
+    loader = DataLoader(dataset, batch_size=18, num_workers=1, multiprocessing_context="spawn")
+    assert next(iter(loader))["image"].shape == (18, 1, 224, 224)
+
+
+def test_validation_holds_out_whole_cases_by_seed(tmp_path: Path) -> None:
+    store = SliceStore(make_store(tmp_path, cases=20))
+    train, val = (split_slices(store, name, val_fraction=0.1) for name in ("train", "val"))
+    train_cases, val_cases = {n for n, _ in train}, {n for n, _ in val}
+    assert len(val_cases) == 2
+    assert len(val) == 6
+    assert train_cases | val_cases == set(range(20))
+    assert not train_cases & val_cases
+    assert val == split_slices(store, "val", val_fraction=0.1)
+    others = {tuple(split_slices(store, "val", seed=seed, val_fraction=0.1)) for seed in range(5)}
+    assert len(others) > 1
+
+
+@pytest.mark.parametrize(("cases", "fraction"), [(3, 0.3), (4, 0.1), (6, 0.05)])
+def test_too_few_cases_leave_validation_empty(tmp_path: Path, cases: int, fraction: float) -> None:
+    root = make_store(tmp_path, cases=cases)
+    assert len(build_dataset("store", "val", data_root=root, val_fraction=fraction)) == 0
+    assert len(build_dataset("store", "train", data_root=root, val_fraction=fraction)) == 3 * cases
+
+
+def test_a_fraction_of_zero_validates_on_the_test_split(tmp_path: Path) -> None:
+    root = make_store(tmp_path, split="test")
+    val = build_dataset("store", "val", data_root=root, val_fraction=0)
+    assert val.slices == build_dataset("store", "test", data_root=root).slices
+    assert val.case_ids == [f"c{i}" for i in range(6)]
+
+
+def test_validation_cases_of_the_store_are_kept(tmp_path: Path) -> None:
+    store = SliceStore(make_store(tmp_path, cases=10))
+    store.cases[7]["split"] = "val"
+    assert split_slices(store, "val", val_fraction=0.5) == store.slices("val")
+    assert len(split_slices(store, "train", val_fraction=0.5)) == 27
+
+
+def test_a_split_without_slices_is_an_error(tmp_path: Path) -> None:
+    root = make_store(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no test slices in"):
+        build_dataset("store", "test", data_root=root)
+    with pytest.raises(FileNotFoundError, match="no test slices in"):
+        build_dataset("store", "val", data_root=root, val_fraction=0)
+    with pytest.raises(ValueError, match="split 'dev'"):
+        build_dataset("store", "dev", data_root=root)
+    with pytest.raises(ValueError, match="val_fraction"):
+        build_dataset("store", "val", data_root=root, val_fraction=1.5)
+
+
+def test_unknown_data_sets_and_missing_roots_are_named() -> None:
+    with pytest.raises(ValueError, match="'liver' is not one of rectum, word, phantom, store"):
+        build_dataset("liver", "train")
+    with pytest.raises(ValueError, match="--data_root"):
+        build_dataset("store", "train")
+    assert set(DATASETS) >= {"rectum", "word", "phantom", "store"}
