@@ -1,0 +1,94 @@
+"""Published SAM-Med3D checkpoints in, every name and shape checked.
+
+u-sam.py reads a file here first, for the layout it holds, then loads it into the built network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
+WRAPPERS = ("model_state_dict", "state_dict", "model")
+POINT_EMBEDDING = "prompt_encoder.point_embeddings."
+
+
+def load_sam_med3d_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict on the CPU, and the facts a network that fits it is built from.
+
+    Reads the published wrapper, a bare state dict, and either with `module.` before each name.
+    Facts: num_point_embeddings (2 or 4) and num_tensors. Nothing is unpickled but tensors, plain
+    values and the wrapper's argparse.Namespace.
+    Raises FileNotFoundError for a missing file and ValueError for one that is no SAM-Med3D.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such SAM-Med3D checkpoint; download sam_med3d_turbo.pth from {ADDRESS}"
+        )
+    state = bare_names(read_tensors(path))
+    num_point_embeddings = len({name for name in state if name.startswith(POINT_EMBEDDING)})
+    if num_point_embeddings not in (2, 4):
+        raise ValueError(
+            f"{path}: wanted SAM-Med3D's 2 or 4 point embeddings, found {num_point_embeddings} "
+            f"among {len(state)} tensors; published checkpoints are at {ADDRESS}"
+        )
+    return state, {"num_point_embeddings": num_point_embeddings, "num_tensors": len(state)}
+
+
+def load_sam_med3d_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict into a network built to fit; no name may be missing, extra or misshapen.
+
+    Raises ValueError that lists what does not fit, before anything is copied.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    shapes = [
+        f"{name} {found[name]} for {wanted[name]}"
+        for name in wanted
+        if name in found and wanted[name] != found[name]
+    ]
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "wrong shape": shapes,
+    }
+    if any(faults.values()):
+        text = "; ".join(f"{kind}: {', '.join(what)}" for kind, what in faults.items() if what)
+        raise ValueError(f"SAM-Med3D weights do not fit the network: {text}")
+    model.load_state_dict(dict(state), strict=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a checkpoint file, out of its wrapper if it has one.
+
+    Raises ValueError for a file that is no checkpoint, or holds anything that could run code.
+    """
+    try:
+        # The wrapper's `args` is the one object that a weights-only load refuses.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty file"
+        raise ValueError(f"{path}: not a checkpoint that can be read safely: {reason}") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: wanted a state dict, found {type(content).__name__}")
+    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"{path}: wanted tensors by name, found other values: {other[0]}")
+    return dict(content)
+
+
+def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without the `module.` that a parallel wrapper puts before each name."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
