@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset import rectum, word
+from dataset import phantom, rectum, word
 from dataset.slice_dataset import SliceDataset, split_slices, with_foreground
 from dataset.slices import SliceStore
 
@@ -25,18 +25,10 @@ class Source(NamedTuple):
     foreground_only: bool = False  # in training
 
 
-def _open_phantom(folder: Path | str, **extra: Any) -> SliceStore:
-    if not (Path(folder) / "index.json").is_file():
-        from dataset import phantom
-
-        phantom.build(folder, **extra)
-    return SliceStore(folder)
-
-
 DATASETS = {
     "rectum": Source(rectum.open_store, "data/CARE"),
     "word": Source(word.open_store, "data/WORD", crop=word.CROP, foreground_only=True),
-    "phantom": Source(_open_phantom, "data/phantom"),
+    "phantom": Source(phantom.open_store, "data/phantom"),
     "store": Source(SliceStore),
 }
 

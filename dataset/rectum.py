@@ -27,7 +27,7 @@ PACKING = 1  # raise it when packing changes: stores packed by older rules are t
 MAX_SIDE = 4096  # pixels; the release has 224 and 512
 MAX_CSV_BYTES = 64 << 20
 THREADS = min(8, os.cpu_count() or 1)  # unpacking leaves Python's lock
-CLASSES = (("background", "#000000"), ("normal rectum", "#4daf4a"), ("tumour", "#e41a1c"))
+CLASSES = (("background", "#000000"), ("normal rectum", "#2ca02c"), ("tumour", "#d62728"))
 LAYOUT = "train/train_npz/NAME.npz, train/train_bbox.csv, test/test_npz/..., test/test_bbox.csv"
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"

@@ -20,6 +20,7 @@ import numpy as np
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
+CASE_KEYS = {"id", "split", "file", "shape", "spacing", "affine", "slices", "listed", "pixels"}
 MAX_OPEN_CASES = 512  # two maps each; far below Linux's 65,530 maps a process
 MAX_INDEX_BYTES = 256 << 20  # 33,000 slices of 17 classes take about 5 MB
 HEADER_BYTES = 4096  # an npy header of a plain array is 118 bytes long
@@ -162,6 +163,8 @@ def check_index(index: object, where: str) -> None:
 def _check_case(case: object, where: str, num_classes: int) -> None:
     if not isinstance(case, dict):
         raise ValueError(f"{where}: a case must be an object, found {case!r:.80}")
+    for key in CASE_KEYS - case.keys():
+        raise ValueError(f"{where}: a case without {key!r}")
     where = f"{where}: case {check_name(case.get('file'), f'{where}: case file')}"
     shape, names, listed = case.get("shape"), case.get("slices"), case.get("listed")
     if not isinstance(case.get("id"), str) or case.get("split") not in SPLITS:
@@ -176,6 +179,11 @@ def _check_case(case: object, where: str, num_classes: int) -> None:
         raise ValueError(f"{where}: {shape[0]} slice names wanted")
     if listed is not None and not (isinstance(listed, list) and len(listed) == shape[0]):
         raise ValueError(f"{where}: {shape[0]} entries of 'listed', or null, wanted")
+    spacing = case["spacing"]
+    if spacing is not None and not _is_spacing(spacing):
+        raise ValueError(
+            f"{where}: spacing [z, y, x] in mm, or null, wanted, found {spacing!r:.80}"
+        )
     pixels = case.get("pixels")
     if not isinstance(pixels, list) or len(pixels) != shape[0]:
         raise ValueError(f"{where}: pixel counts of {shape[0]} slices wanted")
@@ -184,6 +192,11 @@ def _check_case(case: object, where: str, num_classes: int) -> None:
             isinstance(row, list) and len(row) == num_classes and all(type(n) is int for n in row)
         ):
             raise ValueError(f"{where}: labels outside the {num_classes} classes of the table")
+
+
+def _is_spacing(value: object) -> bool:
+    numbers = isinstance(value, list) and all(type(n) in (int, float) for n in value)
+    return numbers and len(value) == 3 and all(0 < n < math.inf for n in value)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

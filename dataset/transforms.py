@@ -69,15 +69,12 @@ def _permute(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]
     """Quarter turns and flips by integer source places, exact on every device."""
     size = image.shape[-1]
     source = torch.stack([_inverse(int(q), int(f)) for q, f in zip(*draws[:2], strict=True)])
-    source = source.to(image.device, non_blocking=True)  # (N, 2, 2)
-    # Centred and doubled, so that the middle of an even side is a whole number too.
-    place = torch.arange(size, device=image.device) * 2 - (size - 1)
-    y, x = place[:, None], place[None, :]
-    rows, cols = (
-        (source[:, i, 0, None, None] * y + source[:, i, 1, None, None] * x + size - 1) // 2
-        for i in range(2)
-    )
-    flat = (rows * size + cols).flatten(1)  # (N, H * W)
+    stride = source[:, 0] * size + source[:, 1]  # (N, 2): steps in memory per target row and column
+    start = ((size - 1) * (size + 1 - stride.sum(1))) // 2  # the source of the target's (0, 0)
+    stride, start = (t.to(image.device, non_blocking=True) for t in (stride, start))
+    place = torch.arange(size, device=image.device)
+    rows = start[:, None] + stride[:, :1] * place  # (N, H)
+    flat = (rows[:, :, None] + (stride[:, 1:] * place)[:, None]).flatten(1)  # (N, H * W)
     planes = flat[:, None].expand(-1, image.shape[1], -1)
     image = image.flatten(2).gather(2, planes).view_as(image)
     return image, mask.flatten(1).gather(1, flat).view_as(mask)

@@ -124,6 +124,8 @@ def _set(key: str, value: object, case: bool = True):
         (_set("shape", [3, 32, -1]), r"shape \[S, H, W\]"),
         (_set("slices", ["one"]), "3 slice names"),
         (_set("listed", [True]), "'listed'"),
+        (_set("spacing", [2.5, 0, 1]), "spacing"),
+        (lambda index: index["cases"][0].pop("listed"), "a case without 'listed'"),
         (_set("pixels", [[1, 2, 3]]), "pixel counts"),
         (_set("file", "train_c1"), "two cases named"),
     ],
@@ -214,7 +216,8 @@ def test_a_store_pickles_without_its_maps_and_keeps_few_open(tmp_path: Path, mon
 
 def test_an_index_of_33000_slices_opens_quickly(tmp_path: Path) -> None:
     row = [200_000] + [100] * 16
-    case = {"split": "train", "shape": [1, 512, 512], "listed": None, "pixels": [row]}
+    case = {"split": "train", "shape": [1, 512, 512], "pixels": [row]}
+    case |= {"listed": None, "spacing": None, "affine": None}
     cases = [{**case, "id": str(i), "file": str(i), "slices": [str(i)]} for i in range(33_000)]
     classes = [{"id": i, "name": str(i), "color": "#000000"} for i in range(17)]
     write_index(tmp_path, {**index_of(cases), "classes": classes})
