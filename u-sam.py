@@ -1,0 +1,357 @@
+"""Train, evaluate and resume U-SAM on CT slices.
+
+    python u-sam.py --epochs 100 --batch_size 24 --dataset rectum
+    torchrun --nproc_per_node=8 u-sam.py --num_workers 4 --epochs 100 --batch_size 24
+    python u-sam.py --dataset rectum --eval --resume chkpt/best.pth
+    python u-sam.py --dataset phantom --sam_weight none --img_size 112    (no data, no weights)
+
+Reads top to bottom: flags, what a run is made of, training, evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from dataset import DATASETS, SliceDataset, build_dataset
+from dataset.transforms import augment
+from usam import checkpoint, distributed, engine, report, weights
+from usam.engine import Precision
+from usam.metrics import rank_score
+from usam.model import SAM_MODELS, USam, build_usam
+from usam.run_folder import RunFolder, run_state
+from usam.schedule import warmup_length
+
+BAD_INPUT = 2  # exit code
+NUM_OVERLAYS = 8
+
+
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked one by one; those left at None take a checkpoint's value or a default."""
+    parser = argparse.ArgumentParser(description="Tune SAM to segment CT slices.")
+    data = parser.add_argument_group("data").add_argument
+    data("--dataset", choices=sorted(DATASETS), default="rectum", help="what to work on")
+    data("--data_root", type=Path, help="its folder (data/CARE, data/WORD, data/phantom)")
+    data(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of the training cases to validate on; 0: on the test cases (0.1)",
+    )
+    data("--num_workers", type=count, default=2, help="loader processes for each process (2)")
+    model = parser.add_argument_group("model").add_argument
+    model("--sam_model", choices=list(SAM_MODELS), help="the encoder's size (vit_b)")
+    model("--sam_weight", metavar="PATH|none", help="SAM's checkpoint (in weight/, downloaded)")
+    model("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
+    model(
+        "--prompt_mode",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both (0)",
+    )
+    train = parser.add_argument_group("training").add_argument
+    train("--epochs", type=positive, default=100, help="passes over the training slices (100)")
+    train("--batch_size", type=positive, default=24, help="slices a step and process (24)")
+    train("--accumulation_steps", type=positive, default=1, help="batches a step (1)")
+    train("--lr", type=non_negative, default=1e-3, help="rate of decoder and prompts (1e-3)")
+    train("--lr_vit", type=non_negative, default=1e-4, help="rate of SAM's encoder (1e-4)")
+    train("--lr_backbone", type=non_negative, default=1e-4, help="rate of the down path (1e-4)")
+    train("--weight_decay", type=non_negative, default=1e-4, help="AdamW's (1e-4)")
+    train("--warmup", action="store_true", help="ramp the rates up over half an epoch")
+    train("--clip_max_norm", type=non_negative, default=0.0, help="gradient norm limit (0: off)")
+    train("--seed", type=count, default=202307, help="of everything drawn at random (202307)")
+    run = parser.add_argument_group("run").add_argument
+    run("--eval", action="store_true", help="evaluate --resume on the test cases")
+    run("--resume", type=Path, metavar="PATH", help="checkpoint to go on from or to evaluate")
+    run("--start_epoch", type=count, help="first epoch, instead of the checkpoint's")
+    run("--output_dir", type=Path, default=Path("chkpt"), help="for all that is written (chkpt)")
+    run("--device", default="auto", metavar="auto|cuda|mps|cpu", help="where to compute (auto)")
+    run("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="mixed precision (auto: what the device is fast at)")  # fmt: skip
+    run("--world_size", type=positive, default=1, help="processes, where srun starts them (1)")
+    run("--dist_url", default="env://", help="tcp://host:port where those meet")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.val_fraction < 1:
+        parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
+    if args.img_size and args.img_size % 16:
+        parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
+    if args.eval and not args.resume:
+        parser.error("--eval needs --resume, the checkpoint to evaluate")
+    return args
+
+
+def count(text: str) -> int:
+    """An integer of 0 or more, as a flag's value."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def positive(text: str) -> int:
+    """An integer of 1 or more, as a flag's value."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def non_negative(text: str) -> float:
+    """A finite number of 0 or more, as a flag's value."""
+    if not 0 <= (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return number
+
+
+def settle_flags(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
+    """Fill the flags that describe the model from `saved` (a checkpoint), else with defaults.
+
+    Raises ValueError where a flag was given and the checkpoint's model is another.
+    """
+    described = {"sam_model": "vit_b", "img_size": 224, "prompt_mode": 0}
+    if saved:
+        described = {
+            "sam_model": saved["args"]["sam_model"],
+            "img_size": saved["data"]["img_size"],
+            "prompt_mode": saved["data"]["prompt_mode"],
+        }
+    for name, value in described.items():
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, value)
+        elif saved and given != value and name != "prompt_mode":
+            raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """One run: what training and evaluation share, then one of the two."""
+    device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
+    saved = weights.read_checkpoint(args.resume) if args.resume else None
+    settle_flags(args, saved)
+    precision = engine.select_precision(args.amp, device)
+    say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
+    with distributed.main_process_first():
+        splits = ("test",) if args.eval else ("train", "val")
+        data = {split: load_split(args, split) for split in splits}
+    classes = data[splits[0]].classes
+    if saved and len(saved["data"]["classes"]) != len(classes):
+        raise ValueError(
+            f"{args.resume} was trained on {len(saved['data']['classes'])} classes, "
+            f"--dataset {args.dataset} has {len(classes)}"
+        )
+    torch.manual_seed(args.seed)
+    model = build_usam(args.sam_model, num_classes=len(classes), img_size=args.img_size)
+    if saved:
+        checkpoint.load_model_state(model, saved["model"], args.resume)
+        say(f"{args.resume}: {args.sam_model} at {args.img_size} pixels")
+    else:
+        with distributed.main_process_first():
+            say(weights.initialize(model, args.sam_model, args.sam_weight))
+    model.to(device)
+    if args.eval:
+        evaluate(args, precision, model, data["test"], weights.points_are_row_col(saved))
+    else:
+        train(args, precision, model, data, saved)
+
+
+def say(text: str) -> None:
+    """Print on the main process."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def load_split(args: argparse.Namespace, split: str) -> SliceDataset:
+    """One split of the data set that the flags name."""
+    return build_dataset(
+        args.dataset, split, data_root=args.data_root, img_size=args.img_size,
+        seed=args.seed, val_fraction=args.val_fraction,
+    )  # fmt: skip
+
+
+def loader_for(args: argparse.Namespace, data: SliceDataset, **how: Any) -> DataLoader:
+    """A loader over `data`; `how` names the sampler or batch sampler."""
+    return DataLoader(
+        data, num_workers=args.num_workers, pin_memory=torch.cuda.is_available(),
+        persistent_workers=args.num_workers > 0, **how,
+    )  # fmt: skip
+
+
+def evaluation_loader(args: argparse.Namespace, data: SliceDataset) -> DataLoader:
+    """A loader over this process's share of `data`, each sample once among all processes."""
+    shard = distributed.EvaluationShard(len(data))
+    return loader_for(args, data, sampler=shard, batch_size=args.batch_size)
+
+
+# ------------------------------------------------------------------ training
+
+
+def train(
+    args: argparse.Namespace,
+    precision: Precision,
+    model: USam,
+    data: dict[str, SliceDataset],
+    saved: dict[str, Any] | None,
+) -> None:
+    """Train until `--epochs` are done; evaluate, log and save after each."""
+    num_samples = len(data["train"])
+    batches = distributed.TrainingBatches(num_samples, args.batch_size, args.seed)
+    loader = loader_for(args, data["train"], batch_sampler=batches)
+    validation = evaluation_loader(args, data["val"])
+    groups = model.parameter_groups(args.lr, args.lr_vit, args.lr_backbone)
+    optimizer = engine.build_optimizer(groups, args.weight_decay)
+    scaler = precision.scaler()
+    progress, best = restore(args, saved, optimizer, scaler)
+    folder = RunFolder(args.output_dir, args.resume, progress.epoch)
+    state = partial(
+        run_state, flags=vars(args), data=data["train"].info | {"prompt_mode": args.prompt_mode},
+        model=model, progress=progress, best=best, optimizer=optimizer, scaler=scaler,
+    )  # fmt: skip
+    say_what_is_trained(args, model, data)
+    one_epoch = partial(
+        engine.train_one_epoch, distributed.wrap(model, precision.device), loader, optimizer,
+        step=engine.segmentation_step(augment, args.prompt_mode, precision.device),
+        recipe=recipe_of(args, num_samples), precision=precision, scaler=scaler,
+        progress=progress,
+    )  # fmt: skip
+    while progress.epoch < args.epochs:
+        batches.epoch, batches.first_step = progress.epoch, progress.step
+        line, started = {"epoch": progress.epoch}, time.perf_counter()
+        line |= one_epoch() | {"samples": progress.samples}
+        distributed.broadcast_buffers(model)
+        score = None
+        if len(data["val"]):
+            counts = engine.evaluate(
+                model, validation, prompt_mode=args.prompt_mode, precision=precision
+            )
+            line["val"] = counts.summary(data["val"].classes)
+            score = line["val"]["mean_dice"]
+        is_best = best["epoch"] is None or rank_score(score) > rank_score(best["mean_dice"])
+        if is_best or not len(data["val"]):
+            best.update(epoch=line["epoch"], mean_dice=score)
+        folder.log(line)
+        say(one_line(line, time.perf_counter() - started, is_best))
+        folder.save(
+            state,
+            as_best=best["epoch"] == line["epoch"],
+            may_skip=not (is_best and len(data["val"])) and progress.epoch < args.epochs,
+        )
+    folder.finish()
+    say(f"best.pth, last.pth and log.jsonl in {args.output_dir}")
+
+
+def recipe_of(args: argparse.Namespace, num_samples: int) -> engine.Recipe:
+    """What the flags say about training on `num_samples` slices an epoch."""
+    total = args.epochs * num_samples
+    return engine.Recipe(
+        seed=args.seed,
+        total_samples=total,
+        warmup_samples=warmup_length(total, args.epochs) if args.warmup else 0,
+        accumulation_steps=args.accumulation_steps,
+        clip_max_norm=args.clip_max_norm,
+    )
+
+
+def restore(
+    args: argparse.Namespace,
+    saved: dict[str, Any] | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[engine.Progress, dict[str, Any]]:
+    """Where training starts and the best so far; optimizer, scaler and generators as saved.
+
+    Raises ValueError for a checkpoint that does not hold them.
+    """
+    progress, best = engine.Progress(), {"epoch": None, "mean_dice": None}
+    if saved:
+        if "optimizer" not in saved:
+            raise ValueError(
+                f"{args.resume} holds weights only; go on from last.pth, or evaluate it with --eval"
+            )
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        checkpoint.restore_random_state(saved["rng"])
+        progress, best = engine.Progress(**saved["progress"]), dict(saved["best"])
+    if args.start_epoch is not None:
+        progress.epoch, progress.step = args.start_epoch, 0
+    return progress, best
+
+
+def say_what_is_trained(args: argparse.Namespace, model: USam, data: dict) -> None:
+    """Print the sizes of what is about to be trained, and what the best is chosen by."""
+    million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    say(
+        f"U-SAM {args.sam_model} at {args.img_size} pixels, {million:.1f} M trained parameters; "
+        f"{args.dataset}: {len(data['train'])} training slices, {len(data['val'])} to validate on"
+    )
+    if not len(data["val"]):
+        say("too few training cases to set some aside: best.pth holds the last epoch")
+    elif args.val_fraction == 0:
+        say("--val_fraction 0: best.pth is chosen on the test cases, as published")
+    if args.batch_size == 1:
+        say("warning: BatchNorm learns little from --batch_size 1; 2 or more is better")
+
+
+def one_line(line: dict[str, Any], seconds: float, is_best: bool) -> str:
+    """An epoch's figures for the terminal."""
+    text = f"epoch {line['epoch']}: loss {line['loss']:.4f}"
+    if "val" in line:
+        scores = list(line["val"]["dice"].items())[1:6] + [("mean", line["val"]["mean_dice"])]
+        shown = [f"{name} {value:.3f}" for name, value in scores if value is not None]
+        text += ", validation Dice " + ", ".join(shown)
+        text += " (best)" if is_best else ""
+    if line["skipped_steps"]:
+        text += f", {line['skipped_steps']} steps left out (gradients not finite)"
+    return text + f", {seconds:.0f} s"
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    args: argparse.Namespace,
+    precision: Precision,
+    model: USam,
+    data: SliceDataset,
+    points_are_row_col: bool,
+) -> None:
+    """Print and save the test scores of `--resume`, with overlays of some slices."""
+    how = {
+        "prompt_mode": args.prompt_mode, "precision": precision,
+        "points_are_row_col": points_are_row_col,
+    }  # fmt: skip
+    if points_are_row_col and args.prompt_mode > 1:
+        say(f"{args.resume} is a published checkpoint: its points are given as (row, column)")
+    counts = engine.evaluate(model, evaluation_loader(args, data), **how)
+    if not distributed.is_main():
+        return
+    facts = {
+        "checkpoint": str(args.resume), "dataset": args.dataset, "split": "test",
+        "slices": len(data), "cases": len(data.case_ids),
+        "prompts": report.PROMPT_SOURCES[args.prompt_mode],
+    }  # fmt: skip
+    metrics = report.write_scores(args.output_dir, counts.summary(data.classes), facts)
+    chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
+    overlays = report.draw_overlays(
+        args.output_dir / "overlays", engine.predictions(model, chosen, **how),
+        classes=data.classes, colors=data.info["colors"],
+        transpose=data.info["orientation"] == "stored",
+    )  # fmt: skip
+    print(f"scores: {metrics}\noverlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
+
+
+if __name__ == "__main__":
+    flags = parse_flags()
+    try:
+        main(flags)
+    except (ValueError, OSError) as error:
+        print(f"u-sam.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
+    finally:
+        distributed.stop()

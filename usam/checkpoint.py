@@ -1,0 +1,145 @@
+"""Checkpoints of a run: written whole or not at all, and everything they restore.
+
+`usam.run_folder` saves through this file; `usam.weights` reads what it wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FORMAT = 1
+FAILED_SAVES = 3  # in a row, after which training stops
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path` so that `path` always holds a whole checkpoint, old or new.
+
+    The bytes go to a temporary file in the same folder, reach the disk, then take the name.
+    Raises OSError naming the path; the old file and no temporary one remain in that case.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not save {path}: {error}") from error
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator, as plain types."""
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    version, words, gauss = random.getstate()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": {"key": torch.from_numpy(numpy_state["key"].copy()), "pos": numpy_state["pos"]},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set every global random generator to what `random_state` recorded."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"] = {"key": state["numpy"]["key"].numpy(), "pos": state["numpy"]["pos"]}
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
+    """Put the weights of `state` into `model`, every name and shape as expected.
+
+    Raises ValueError naming what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} does not fit this model: missing {missing[:3]} ({len(missing)} in all), "
+            f"unexpected {unexpected[:3]} ({len(unexpected)})"
+        )
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(state[name].shape)}, "
+                f"this model's is {tuple(value.shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def to_cpu(state: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors lie in memory of their own on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [to_cpu(value) for value in state]
+    return state
+
+
+class BackgroundSaver:
+    """Saves in a thread, so that training waits for the copy off the device and no longer.
+
+    A caller whose save may wait for the next occasion looks at `busy` first and passes it over;
+    `submit` waits its turn. A failed write is reported and tried again with the next save; the
+    third in a row raises.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._error: OSError | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a write is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, files: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Write each state to its path, in order, after any write under way has ended."""
+        self.wait()
+        snapshot = to_cpu({str(path): state for path, state in files.items()})
+        self._thread = threading.Thread(target=self._write, args=(snapshot,))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises OSError after too many failed writes."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            if self._failures >= FAILED_SAVES:
+                raise error
+            print(f"warning: {error}; training goes on and tries again", flush=True)
+
+    def _write(self, snapshot: Mapping[str, Mapping[str, Any]]) -> None:
+        try:
+            for path, state in snapshot.items():
+                save(Path(path), state)
+            self._failures = 0
+        except OSError as error:
+            self._failures += 1
+            self._error = error

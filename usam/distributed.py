@@ -1,0 +1,187 @@
+"""Processes, devices and who works on which sample.
+
+u-sam.py starts here; the engine reduces and shards through these functions, alone or among many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+
+TIMEOUT = timedelta(minutes=30)  # packing a data set on rank 0 is the longest wait
+
+
+def rank() -> int:
+    """This process's number among all of the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints, writes files and downloads."""
+    return rank() == 0
+
+
+def start(device: str, *, num_processes: int = 1, dist_url: str = "env://") -> torch.device:
+    """The device this process computes on, after it joined the others where there are any.
+
+    torchrun and `torch.distributed.launch --use_env` are recognised by the variables they set.
+    Anything else is one process unless `num_processes` asks for more; then `dist_url` is where the
+    processes meet (tcp://host:port or file:///path) and srun gives each its rank.
+    Raises ValueError for a device that is not there or a launch that cannot work.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        number, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        dist_url = "env://"
+    elif num_processes > 1:
+        if "SLURM_PROCID" not in os.environ or dist_url == "env://":
+            raise ValueError(
+                f"--world_size {num_processes} without torchrun needs srun and --dist_url "
+                "tcp://HOST:PORT; or launch with: torchrun --nproc_per_node=N u-sam.py ..."
+            )
+        number = int(os.environ["SLURM_PROCID"])
+        local_rank = int(os.environ.get("SLURM_LOCALID", 0))
+    else:
+        return select_device(device, 0)
+    chosen = select_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=number,
+        world_size=num_processes,
+        timeout=TIMEOUT,
+    )
+    return chosen
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def select_device(name: str, local_rank: int) -> torch.device:
+    """The device called `name`; "auto" prefers CUDA, then Apple's MPS, then the CPU.
+
+    Raises ValueError if CUDA or MPS is asked for and absent, or there are too few GPUs.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
+        index = int(name.partition(":")[2] or local_rank)
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} wants GPU {index}, but there are "
+                f"{torch.cuda.device_count()}; start fewer processes a machine"
+            )
+        return torch.device("cuda", index)
+    if name == "mps" and not has_mps:
+        raise ValueError("--device mps: this machine has none; use --device cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the body on rank 0, then on the others: for packing data and downloading weights."""
+    if not is_main():
+        dist.barrier()
+    yield
+    if is_main() and world_size() > 1:
+        dist.barrier()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with gradients averaged over the processes; itself where there is one.
+
+    Every trained parameter has a gradient in every step, so none is searched for. BatchNorm
+    statistics stay with their process until `broadcast_buffers`, as in the published code.
+    """
+    if world_size() == 1:
+        return model
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all processes, on all of them; itself where there is one."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's BatchNorm statistics, so that all evaluate and save the same."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of one process in one epoch, each a list of (sample index, epoch).
+
+    The order is a permutation drawn from (seed, epoch); consecutive runs of
+    world_size * batch_size samples are one step, dealt out to the ranks. The incomplete last step
+    is dropped unless it is the only one, so every rank takes the same number of steps. An index
+    carries its epoch because what a data set draws at random depends on both.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+        if num_samples < 1:
+            raise ValueError("there are no training samples")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.epoch = 0
+        self.first_step = 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples all ranks together take in one step."""
+        return min(self.batch_size * world_size(), self.num_samples)
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, also when it is entered in the middle."""
+        return self.num_samples // self.samples_per_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+        for step in range(self.first_step, len(self)):
+            start = step * self.samples_per_step
+            block = order[start : start + self.samples_per_step]
+            share = block[rank() :: world_size()]
+            if not len(share):  # fewer samples than ranks: some serve twice
+                share = block[rank() % len(block) :][:1]
+            yield [(int(index), self.epoch) for index in share]
+
+
+class EvaluationShard(Sampler[int]):
+    """This rank's samples of an evaluation: every world_size-th, none twice, none left out."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.indices = range(rank(), num_samples, world_size())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)

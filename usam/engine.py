@@ -1,0 +1,304 @@
+"""Training one epoch and evaluating once, for any model that comes with a step function.
+
+u-sam.py hands over a loader and a step: a function from a batch to a loss or to class counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from usam.distributed import is_main, rank, reduce_sum
+from usam.losses import segmentation_loss
+from usam.metrics import ClassCounts
+from usam.prompts import prompts_from_masks
+from usam.schedule import learning_rate_factor
+
+Batch = dict[str, Any]
+TrainingStep = Callable[[nn.Module, Batch, torch.Generator], Tensor]
+Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+
+SKIPPED_STEPS = 20  # steps in a row without a finite gradient, after which training stops
+PRINT_EVERY = 10  # steps between two looks at numbers that live on the device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Automatic mixed precision: which device, which type; float32 throughout if dtype is None."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager:
+        """The context to run a forward pass in."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def __str__(self) -> str:
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A gradient scaler, at work only where float16 needs one."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+def select_precision(amp: str, device: torch.device) -> Precision:
+    """The precision that `--amp` names; "auto" is the fastest that trains well on `device`.
+
+    bfloat16 on GPUs and CPUs that compute in it, float16 on older GPUs, float32 elsewhere.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu":
+            has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            amp = "bf16" if has_bf16 else "off"
+        else:
+            amp = "off"
+    return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp])
+
+
+def build_optimizer(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over parameter groups whose "lr" is the rate before any schedule.
+
+    The fused form, one pass over the weights, which can leave out a step on the device.
+    """
+    groups = [group | {"base_lr": group["lr"]} for group in groups]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The batch's image (N, C, H, W) float in [0, 1] and mask (N, H, W) long, on `device`."""
+    image = batch["image"].to(device, non_blocking=True).float() / 255
+    return image, batch["mask"].to(device, non_blocking=True).long()
+
+
+def segmentation_step(augment: Augment, prompt_mode: int, device: torch.device) -> TrainingStep:
+    """The training step of U-SAM: augment, draw prompts from the masks, forward, loss."""
+
+    def step(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        image, mask = augment(*to_device(batch, device), generator)
+        num_classes = getattr(model, "module", model).num_classes
+        prompts = prompts_from_masks(mask, num_classes, prompt_mode, generator)
+        return segmentation_loss(model(image, **prompts), mask)
+
+    return step
+
+
+def step_generator(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
+    """The CPU generator of everything a rank draws at random in one step."""
+    generator = torch.Generator()
+    seeds = torch.tensor([seed, epoch, step, rank], dtype=torch.int64)
+    weights = torch.tensor([1, 1_000_003, 7_368_787, 15_485_863], dtype=torch.int64)
+    generator.manual_seed(int((seeds * weights).sum()) % (2**63))
+    return generator
+
+
+@dataclass
+class Progress:
+    """How far training has come: the next epoch, the next step in it, samples seen by all ranks."""
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one epoch is trained; the numbers behind the flags of the same names.
+
+    `total_samples` is what all epochs together will see; `warmup_samples` of them ramp up.
+    """
+
+    seed: int
+    total_samples: int
+    warmup_samples: int = 0
+    accumulation_steps: int = 1
+    clip_max_norm: float = 0.0
+
+
+class FiniteGuard:
+    """Leaves out steps whose gradients are not finite, without asking the device each time.
+
+    The gradients of all one-dimensional parameters are summed up: a NaN or Inf anywhere in a
+    loss reaches them, and after the all-reduce it reaches them on every rank. The fused
+    optimizer reads the verdict on the device and leaves weights and state as they are.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._watched = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+        self.skipped = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell `optimizer` whether the gradients at hand are fit to be used."""
+        norms = torch._foreach_norm([p.grad for p in self._watched if p.grad is not None])
+        bad = (~torch.isfinite(torch.stack(norms).sum())).float()
+        optimizer.found_inf = bad
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+
+    def raise_if_stuck(self) -> None:
+        """Raise ValueError once too many steps in a row were left out; waits for the device."""
+        if int(self.in_a_row) >= SKIPPED_STEPS:
+            raise ValueError(
+                f"{SKIPPED_STEPS} steps in a row had no finite gradient; lower --lr, try "
+                "--amp off or check the data with python -m dataset.verify"
+            )
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: TrainingStep,
+    recipe: Recipe,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+    after_step: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Train on what `loader` gives and move `progress` on; mean loss, rate and skipped steps.
+
+    The loader starts at `progress.step` of epoch `progress.epoch` (see TrainingBatches).
+    Learning rates are set before each optimizer step from the samples seen so far. The last
+    batches of an epoch are stepped also when they are fewer than `accumulation_steps`.
+    `after_step` is asked after every optimizer step and ends the epoch early with True.
+    Raises ValueError if the gradients stay without a finite value.
+    """
+    model.train()
+    sampler, batches = loader.batch_sampler, iter(loader)
+    guard = FiniteGuard(model, precision.device)
+    losses = torch.zeros(2, device=precision.device)  # their sum, their number
+    stopped = False
+    with _progress_bar(len(sampler), progress) as bar:
+        while not stopped and (group := list(islice(batches, recipe.accumulation_steps))):
+            samples = len(group) * sampler.samples_per_step
+            rate = _set_rate(optimizer, recipe, progress.samples, samples)
+            for number, batch in enumerate(group):
+                generator = step_generator(recipe.seed, progress.epoch, progress.step, rank())
+                is_last = number + 1 == len(group)
+                with _without_sync(model, skip=not is_last), precision.autocast():
+                    loss = step(model, batch, generator)
+                    scaler.scale(loss / len(group)).backward()
+                losses += torch.stack([loss.detach().float(), torch.ones_like(losses[1])])
+                progress.step += 1
+            _optimizer_step(model, optimizer, scaler, guard, clip_max_norm=recipe.clip_max_norm)
+            progress.samples += samples
+            bar.update(len(group))
+            if progress.step % PRINT_EVERY < len(group) or progress.step == len(sampler):
+                guard.raise_if_stuck()
+                speed = (bar.format_dict["rate"] or 0.0) * sampler.samples_per_step
+                mean = float(losses[0] / losses[1])
+                bar.set_postfix_str(f"loss {mean:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
+            stopped = after_step()
+    if progress.step == len(sampler):
+        progress.epoch, progress.step = progress.epoch + 1, 0
+    total, number = reduce_sum(losses).tolist()
+    return {"loss": total / number, "lr": rate, "skipped_steps": int(guard.skipped)}
+
+
+def _progress_bar(num_steps: int, progress: Progress) -> tqdm:
+    """A bar over the steps of an epoch, on rank 0."""
+    return tqdm(
+        total=num_steps, initial=progress.step, desc=f"epoch {progress.epoch}", unit="step",
+        disable=not is_main(), leave=False, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def _set_rate(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, samples_before: int, samples: int
+) -> float:
+    """Set every group's rate for the coming step; the first group's rate."""
+    factor = learning_rate_factor(
+        samples_before, samples, total=recipe.total_samples, warmup=recipe.warmup_samples
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def _without_sync(model: nn.Module, *, skip: bool) -> AbstractContextManager:
+    """A context in which gradients stay with their process, while they are still accumulated."""
+    if skip and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def _optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: FiniteGuard,
+    *,
+    clip_max_norm: float,
+) -> None:
+    """Clip, step unless the gradients are not finite, and clear them."""
+    if scaler.is_enabled():
+        scaler.unscale_(optimizer)
+    if clip_max_norm > 0:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
+    if not scaler.is_enabled():  # the scaler makes the same check itself
+        guard.check(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    prompt_mode: int,
+    precision: Precision,
+    points_are_row_col: bool = False,
+) -> ClassCounts:
+    """Pixel counts of every class over all samples of all processes.
+
+    `model` is the plain module, not its DistributedDataParallel wrapper: shards differ in length.
+    """
+    counts = ClassCounts(model.num_classes, precision.device)
+    batches = predictions(
+        model, loader, prompt_mode=prompt_mode, precision=precision,
+        points_are_row_col=points_are_row_col,
+    )  # fmt: skip
+    for _, mask, _, logits in batches:
+        counts.update(logits, mask)
+    counts.tensor.copy_(reduce_sum(counts.tensor))
+    return counts
+
+
+def predictions(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    prompt_mode: int,
+    precision: Precision,
+    points_are_row_col: bool = False,
+) -> Iterator[tuple[Batch, Tensor, dict[str, Any], Tensor]]:
+    """Each batch with its mask (N, H, W), prompts and logits (N, C, H, W), on the device.
+
+    Prompts come from the masks by the deterministic rule of `usam.prompts`, points as (x, y);
+    `points_are_row_col` swaps them for a published model, which was trained on swapped ones.
+    """
+    model.eval()
+    for batch in tqdm(loader, desc="evaluating", disable=not is_main(), leave=False):
+        image, mask = to_device(batch, precision.device)
+        prompts = prompts_from_masks(mask, model.num_classes, prompt_mode)
+        given = dict(prompts)
+        if points_are_row_col and prompts["points"] is not None:
+            coords, labels = prompts["points"]
+            given["points"] = (coords.flip(-1), labels)
+        with torch.inference_mode(), precision.autocast():
+            logits = model(image, **given)
+        yield batch, mask, prompts, logits

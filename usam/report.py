@@ -1,0 +1,76 @@
+"""What an evaluation leaves behind: the printed table, metrics.json and overlays.
+
+u-sam.py calls it with the test data after counting; nothing here decides how a model is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from usam.metrics import format_table
+from usam.visualize import save_overlay
+
+PROMPT_SOURCES = (
+    "none",
+    "boxes around the true masks",
+    "3 points a class in the true masks",
+    "3 points a class in the true masks and boxes around them",
+)
+
+
+def write_scores(folder: Path, summary: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    """Print the table of `summary` and save it with `facts` as metrics.json; the file's path.
+
+    summary: of `ClassCounts`. facts: what was evaluated, on what and with which prompts.
+    """
+    print(
+        f"{facts['checkpoint']} on {facts['slices']} {facts['split']} slices of {facts['cases']} "
+        f"cases of {facts['dataset']}; prompts: {facts['prompts']}; Dice and IoU of all pixels"
+    )
+    print(format_table(summary))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.json"
+    path.write_text(json.dumps({**facts, **summary}, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def draw_overlays(
+    folder: Path,
+    shown: Iterable[tuple[dict[str, Any], Tensor, dict[str, Any], Tensor]],
+    *,
+    classes: list[str],
+    colors: list[str],
+    transpose: bool,
+) -> list[Path]:
+    """One picture a slice: image with its prompts, truth, prediction; the files' paths.
+
+    shown: batches of one slice from `usam.engine.predictions`. `transpose` turns data upright
+    that is stored on its side.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for batch, mask, prompts, logits in shown:
+        name = batch["id"][0]
+        points, boxes = prompts.get("points"), prompts.get("boxes")
+        masks = {
+            "truth": mask[0].cpu().numpy(),
+            "prediction": logits[0].argmax(dim=0).cpu().numpy(),
+        }
+        paths.append(folder / f"{name}.png")
+        save_overlay(
+            paths[-1],
+            batch["image"][0, 0].numpy(),
+            masks,
+            classes=classes,
+            colors=colors,
+            title=name,
+            points=points and tuple(value[0].cpu().numpy() for value in points),
+            box=None if boxes is None else boxes[0].cpu().numpy(),
+            transpose=transpose,
+        )
+    return paths

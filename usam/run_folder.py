@@ -1,0 +1,118 @@
+"""The folder of a run: its log, its checkpoints and what an earlier run left there.
+
+u-sam.py opens one on rank 0 for each training run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from usam import checkpoint
+from usam.checkpoint import BackgroundSaver
+from usam.distributed import is_main
+from usam.engine import Progress
+
+RUN_FILES = ("best.pth", "last.pth", "log.jsonl", "metrics.json", "overlays")
+ONLY_TO_GO_ON = ("optimizer", "scaler", "rng")  # left out of best.pth
+
+
+class RunFolder:
+    """best.pth, last.pth and log.jsonl of one run, under `path`; only the main process writes.
+
+    A fresh run moves an earlier one's files to previous-N; a run resumed from a checkpoint of
+    this folder keeps them and cuts the log back to the epochs before `first_epoch`.
+    """
+
+    def __init__(self, path: Path, resumed_from: Path | None, first_epoch: int) -> None:
+        self.path, self.log_file = path, path / "log.jsonl"
+        self._saver = BackgroundSaver()
+        if not is_main():
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        if resumed_from is None or resumed_from.resolve().parent != path.resolve():
+            self._move_aside()
+        elif self.log_file.exists():
+            lines = self.log_file.read_text().splitlines()
+            kept = [line for line in lines if _epoch_of(line) < first_epoch]
+            self.log_file.write_text("".join(line + "\n" for line in kept))
+
+    def _move_aside(self) -> None:
+        files = [self.path / name for name in RUN_FILES if (self.path / name).exists()]
+        if not files:
+            return
+        number = 1
+        while (self.path / f"previous-{number}").exists():
+            number += 1
+        target = self.path / f"previous-{number}"
+        target.mkdir()
+        for file in files:
+            file.rename(target / file.name)
+        print(f"moved an earlier run's files to {target}")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one epoch's figures to log.jsonl; strict JSON, so NaN raises ValueError."""
+        if is_main():
+            with self.log_file.open("a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def save(self, state: Callable[[], dict[str, Any]], *, as_best: bool, may_skip: bool) -> None:
+        """Save what `state` gives as last.pth and, with `as_best`, as best.pth too.
+
+        Returns once the state is copied. With `may_skip` it is passed over while an earlier one
+        is still being written: epochs shorter than a write would otherwise wait for the disk.
+        """
+        if not is_main() or (may_skip and self._saver.busy):
+            return
+        whole = state()
+        files = {self.path / "last.pth": whole}
+        if as_best:  # written first: a kill in between repeats an epoch, but never loses the best
+            weights = {key: value for key, value in whole.items() if key not in ONLY_TO_GO_ON}
+            files = {self.path / "best.pth": weights, **files}
+        self._saver.submit(files)
+
+    def finish(self) -> None:
+        """Return when everything submitted is on the disk."""
+        self._saver.wait()
+
+
+def run_state(
+    *,
+    flags: Mapping[str, Any],
+    data: Mapping[str, Any],
+    model: nn.Module,
+    progress: Progress,
+    best: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Any]:
+    """All a checkpoint holds: enough to go on exactly, and to predict without the flags.
+
+    flags: by name, kept as plain types. data: what a model must know of its data (classes,
+    img_size, window, orientation, spacing, prompt_mode). best: epoch and score of the best so far.
+    """
+    plain = (int, float, str, bool, type(None))
+    return {
+        "format": checkpoint.FORMAT,
+        "model": model.state_dict(),
+        "args": {name: v if isinstance(v, plain) else str(v) for name, v in flags.items()},
+        "data": dict(data),
+        "progress": vars(progress).copy(),
+        "best": dict(best),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": checkpoint.random_state(),
+    }
+
+
+def _epoch_of(line: str) -> int:
+    """The epoch of a log line; one that a kill cut short counts as never written."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return 2**63

@@ -1,0 +1,86 @@
+"""Pictures: overlays of segmentations on slices, and the curves of a run.
+
+u-sam.py saves them beside checkpoints and reports; figures/make_figures.py draws the README's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+OPACITY = 0.45
+
+
+def blend(image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> np.ndarray:
+    """The image with every class but the first tinted in its colour.
+
+    image (H, W) uint8 or float in [0, 1]; mask (H, W) integer; colors: one a class, matplotlib
+    names or #rrggbb. Returns (H, W, 3) float in [0, 1].
+    """
+    gray = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
+    picture = np.repeat(gray[..., None], 3, axis=-1)
+    palette = np.array([to_rgb(color) for color in colors], np.float32)
+    tinted = (1 - OPACITY) * picture + OPACITY * palette[mask]
+    return np.where((mask > 0)[..., None], tinted, picture)
+
+
+def save_overlay(
+    path: Path,
+    image: np.ndarray,
+    masks: Mapping[str, np.ndarray],
+    *,
+    classes: Sequence[str],
+    colors: Sequence[str],
+    title: str = "",
+    points: tuple[np.ndarray, np.ndarray] | None = None,
+    box: np.ndarray | None = None,
+    transpose: bool = False,
+) -> None:
+    """One slice as a PNG: the image alone, then one panel for each entry of `masks`.
+
+    image (H, W); masks: panel title -> (H, W) integer labels; points: (P, 2) pixel (x, y) and
+    (P,) labels, of which 1 is drawn; box (x1, y1, x2, y2). `transpose` swaps the axes of it all,
+    for data stored on its side.
+    """
+    if transpose:
+        image, masks = image.T, {name: mask.T for name, mask in masks.items()}
+        points = None if points is None else (points[0][:, ::-1], points[1])
+        box = None if box is None else box[[1, 0, 3, 2]]
+    figure = Figure(figsize=(4 * (len(masks) + 1), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(masks) + 1, squeeze=False)[0]
+    axes[0].imshow(image, cmap="gray")
+    axes[0].set_title("image", fontsize=10)
+    _draw_prompts(axes[0], points, box)
+    for axis, (name, mask) in zip(axes[1:], masks.items(), strict=True):
+        axis.imshow(blend(image, mask, colors))
+        axis.set_title(name, fontsize=10)
+    for axis in axes:
+        axis.set_axis_off()
+    handles = [
+        Patch(color=color, label=name)
+        for name, color in zip(classes[1:], colors[1:], strict=True)
+        if len(classes) <= 4 or any((mask == classes.index(name)).any() for mask in masks.values())
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_prompts(
+    axis: Axes, points: tuple[np.ndarray, np.ndarray] | None, box: np.ndarray | None
+) -> None:
+    """Mark the given points and outline the box on a panel."""
+    if points is not None:
+        coords, labels = points
+        shown = coords[labels == 1]
+        axis.plot(shown[:, 0], shown[:, 1], "+", color="lime", markersize=7)
+    if box is not None:
+        x1, y1, x2, y2 = box
+        outline = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="yellow")
+        axis.add_patch(outline)
