@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from dataset.scan_files import NIFTI_SUFFIXES, read_file
-from dataset.scan_header import Scan
+from dataset.scan_header import Scan, ScanHeader, size_text
 
 Window = tuple[float, float] | str | None
 Box = tuple[int, int, int, int]  # y0, y1, x0, x1 of canonical slices; ends excluded
@@ -111,6 +111,29 @@ def from_canonical(slices: np.ndarray, scan: Scan, orientation: str = "LPS") -> 
     if array.shape != scan.array.shape:
         raise ValueError(f"{scan.path}: slices give {array.shape}, the scan is {scan.array.shape}")
     return array
+
+
+def geometry_difference(first: ScanHeader, second: ScanHeader) -> str:
+    """How two scans differ in place, with both affines; empty if voxels lie on voxels.
+
+    Both are turned to the canonical frame first, so a mere change of axes is no difference.
+    Corners may be a tenth of the smallest voxel side apart.
+    """
+    volumes = [
+        to_canonical(Scan(np.broadcast_to(np.uint8(0), header.shape), header))
+        for header in (first, second)
+    ]
+    shapes = [volume.slices.shape[::-1] for volume in volumes]
+    if shapes[0] != shapes[1]:
+        return f"shapes differ: {size_text(shapes[0])} and {size_text(shapes[1])} (x, y, z)"
+    if first.affine is None or second.affine is None:
+        return ""
+    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*shapes[0], 1]
+    apart = np.abs((volumes[0].affine - volumes[1].affine) @ corners.T).max()
+    if apart <= 0.1 * min(volumes[0].spacing):
+        return ""
+    affines = " and ".join(str(volume.affine[:3].round(3).tolist()) for volume in volumes)
+    return f"affines differ by {apart:.3g} mm: {affines}"
 
 
 def _oriented(array: np.ndarray, orientation: str, *, back: bool = False) -> np.ndarray:

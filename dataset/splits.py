@@ -1,0 +1,62 @@
+"""Which case trains, validates or tests: drawn by case and seed, written as plain JSON.
+
+`prepare` uses it; a release's own split is never changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def hold_out(ids: Sequence[str], fraction: float, seed: int) -> set[str]:
+    """A share of the cases, the same for the same ids and seed; at least two stay behind."""
+    ordered = sorted(ids)
+    number = min(round(len(ordered) * fraction), len(ordered) - 2)
+    if number < 1:
+        return set()
+    return set(np.random.default_rng(seed).permutation(ordered)[:number].tolist())
+
+
+def cross_validation(ids: Sequence[str], folds: int, seed: int) -> list[dict[str, list[str]]]:
+    """[{"train": ids, "val": ids}, ...]: every case validates in exactly one fold.
+
+    Raises ValueError for fewer than two folds or fewer cases than folds.
+    """
+    ordered = sorted(ids)
+    if not 2 <= folds <= len(ordered):
+        raise ValueError(f"--folds {folds}: wanted 2 to the {len(ordered)} training cases at most")
+    drawn = np.random.default_rng(seed).permutation(ordered).tolist()
+    parts = [sorted(drawn[k::folds]) for k in range(folds)]
+    return [{"train": sorted(set(ordered) - set(part)), "val": part} for part in parts]
+
+
+def split_table(
+    cases: Sequence[tuple[str, str]], *, folds: int | None, seed: int
+) -> dict[str, Any]:
+    """{"train": ids, "val": ids, "test": ids, "folds": [...]} from (id, split) pairs.
+
+    The folds divide the training cases; there are none without `folds`.
+    """
+    table: dict[str, Any] = {
+        split: sorted({case for case, place in cases if place == split})
+        for split in ("train", "val", "test")
+    }
+    table["folds"] = cross_validation(table["train"], folds, seed) if folds else []
+    return table
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Writes JSON whole or not at all: a temporary file beside it is moved into its place."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=indent, sort_keys=True, allow_nan=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)

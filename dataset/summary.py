@@ -1,0 +1,56 @@
+"""The table at the end of `prepare`: what a slice store holds, in lines of text.
+
+Everything is counted from the index; no array is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
+    """Lines: cases and slices per split, voxels and slices per class, spacings, HU range."""
+    lines = [f"{'split':<8}{'cases':>8}{'slices':>10}{'with foreground':>18}"]
+    for split in ("train", "val", "test"):
+        cases = [case for case in index["cases"] if case["split"] == split]
+        if not cases:
+            continue
+        pixels = np.concatenate([np.array(case["pixels"]) for case in cases])
+        with_foreground = int((pixels[:, 1:].sum(axis=1) > 0).sum())
+        ids = {case["id"] for case in cases}
+        lines.append(f"{split:<8}{len(ids):>8}{len(pixels):>10}{with_foreground:>18}")
+    lines += ["", *_class_lines(index), "", *_geometry_lines(index["cases"])]
+    return lines + list(left_out)
+
+
+def _class_lines(index: dict[str, Any]) -> list[str]:
+    lines = [f"{'id':>3} {'class':<22}{'voxels':>14}{'slices':>9}{'cases':>8}"]
+    per_case = [np.array(case["pixels"]) for case in index["cases"]]
+    for row in index["classes"]:
+        columns = [pixels[:, row["id"]] for pixels in per_case]
+        voxels = sum(int(column.sum()) for column in columns)
+        slices = sum(int((column > 0).sum()) for column in columns)
+        cases = sum(bool(column.any()) for column in columns)
+        lines.append(f"{row['id']:>3} {row['name']:<22.22}{voxels:>14}{slices:>9}{cases:>8}")
+    return lines
+
+
+def _geometry_lines(cases: list[dict[str, Any]]) -> list[str]:
+    """Smallest, middle and largest spacing and size; the range of the raw values."""
+    lines = []
+    spacings = np.array([case["spacing"] for case in cases if case["spacing"]])
+    if len(spacings):
+        for name, axis in (("between slices", 0), ("in plane", 2)):
+            low, middle, high = np.percentile(spacings[:, axis], (0, 50, 100))
+            lines.append(f"spacing {name}: {low:.3g} to {high:.3g} mm, median {middle:.3g}")
+    sizes = sorted({tuple(case["shape"][1:]) for case in cases})
+    listed = ", ".join(f"{height} x {width}" for height, width in sizes[:4])
+    lines.append(f"slice sizes: {listed}{', ...' if len(sizes) > 4 else ''}")
+    ranges = [case["range"] for case in cases if case.get("range")]
+    if ranges:
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        lines.append(f"raw values: {low:g} to {high:g}")
+    return lines
