@@ -10,12 +10,10 @@ Reads top to bottom: flags, what a run is made of, training, evaluation.
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 import time
+from argparse import Namespace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,9 @@ from dataset import DATASETS, SliceDataset, build_dataset
 from dataset.transforms import augment
 from usam import checkpoint, distributed, engine, report, weights
 from usam.engine import Precision
+from usam.flags import parse_flags
 from usam.metrics import rank_score
-from usam.model import SAM_MODELS, USam, build_usam
+from usam.model import USam, build_usam
 from usam.run_folder import RunFolder, run_state
 from usam.schedule import warmup_length
 
@@ -34,83 +33,7 @@ BAD_INPUT = 2  # exit code
 NUM_OVERLAYS = 8
 
 
-def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked one by one; those left at None take a checkpoint's value or a default."""
-    parser = argparse.ArgumentParser(description="Tune SAM to segment CT slices.")
-    data = parser.add_argument_group("data").add_argument
-    data("--dataset", choices=sorted(DATASETS), default="rectum", help="what to work on")
-    data("--data_root", type=Path, help="its folder (data/CARE, data/WORD, data/phantom)")
-    data(
-        "--val_fraction",
-        type=float,
-        default=0.1,
-        metavar="F",
-        help="share of the training cases to validate on; 0: on the test cases (0.1)",
-    )
-    data("--num_workers", type=count, default=2, help="loader processes for each process (2)")
-    model = parser.add_argument_group("model").add_argument
-    model("--sam_model", choices=list(SAM_MODELS), help="the encoder's size (vit_b)")
-    model("--sam_weight", metavar="PATH|none", help="SAM's checkpoint (in weight/, downloaded)")
-    model("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
-    model(
-        "--prompt_mode",
-        type=int,
-        choices=(0, 1, 2, 3),
-        help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both (0)",
-    )
-    train = parser.add_argument_group("training").add_argument
-    train("--epochs", type=positive, default=100, help="passes over the training slices (100)")
-    train("--batch_size", type=positive, default=24, help="slices a step and process (24)")
-    train("--accumulation_steps", type=positive, default=1, help="batches a step (1)")
-    train("--lr", type=non_negative, default=1e-3, help="rate of decoder and prompts (1e-3)")
-    train("--lr_vit", type=non_negative, default=1e-4, help="rate of SAM's encoder (1e-4)")
-    train("--lr_backbone", type=non_negative, default=1e-4, help="rate of the down path (1e-4)")
-    train("--weight_decay", type=non_negative, default=1e-4, help="AdamW's (1e-4)")
-    train("--warmup", action="store_true", help="ramp the rates up over half an epoch")
-    train("--clip_max_norm", type=non_negative, default=0.0, help="gradient norm limit (0: off)")
-    train("--seed", type=count, default=202307, help="of everything drawn at random (202307)")
-    run = parser.add_argument_group("run").add_argument
-    run("--eval", action="store_true", help="evaluate --resume on the test cases")
-    run("--resume", type=Path, metavar="PATH", help="checkpoint to go on from or to evaluate")
-    run("--start_epoch", type=count, help="first epoch, instead of the checkpoint's")
-    run("--output_dir", type=Path, default=Path("chkpt"), help="for all that is written (chkpt)")
-    run("--device", default="auto", metavar="auto|cuda|mps|cpu", help="where to compute (auto)")
-    run("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="mixed precision (auto: what the device is fast at)")  # fmt: skip
-    run("--world_size", type=positive, default=1, help="processes, where srun starts them (1)")
-    run("--dist_url", default="env://", help="tcp://host:port where those meet")
-    args = parser.parse_args(arguments)
-    if not 0 <= args.val_fraction < 1:
-        parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
-    if args.img_size and args.img_size % 16:
-        parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
-    if args.eval and not args.resume:
-        parser.error("--eval needs --resume, the checkpoint to evaluate")
-    return args
-
-
-def count(text: str) -> int:
-    """An integer of 0 or more, as a flag's value."""
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
-
-
-def positive(text: str) -> int:
-    """An integer of 1 or more, as a flag's value."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
-
-
-def non_negative(text: str) -> float:
-    """A finite number of 0 or more, as a flag's value."""
-    if not 0 <= (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return number
-
-
-def settle_flags(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
+def settle_flags(args: Namespace, saved: dict[str, Any] | None) -> None:
     """Fill the flags that describe the model from `saved` (a checkpoint), else with defaults.
 
     Raises ValueError where a flag was given and the checkpoint's model is another.
@@ -130,7 +53,7 @@ def settle_flags(args: argparse.Namespace, saved: dict[str, Any] | None) -> None
             raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     """One run: what training and evaluation share, then one of the two."""
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
     saved = weights.read_checkpoint(args.resume) if args.resume else None
@@ -167,7 +90,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def load_split(args: argparse.Namespace, split: str) -> SliceDataset:
+def load_split(args: Namespace, split: str) -> SliceDataset:
     """One split of the data set that the flags name."""
     return build_dataset(
         args.dataset, split, data_root=args.data_root, img_size=args.img_size,
@@ -175,7 +98,7 @@ def load_split(args: argparse.Namespace, split: str) -> SliceDataset:
     )  # fmt: skip
 
 
-def loader_for(args: argparse.Namespace, data: SliceDataset, **how: Any) -> DataLoader:
+def loader_for(args: Namespace, data: SliceDataset, **how: Any) -> DataLoader:
     """A loader over `data`; `how` names the sampler or batch sampler."""
     return DataLoader(
         data, num_workers=args.num_workers, pin_memory=torch.cuda.is_available(),
@@ -183,7 +106,7 @@ def loader_for(args: argparse.Namespace, data: SliceDataset, **how: Any) -> Data
     )  # fmt: skip
 
 
-def evaluation_loader(args: argparse.Namespace, data: SliceDataset) -> DataLoader:
+def evaluation_loader(args: Namespace, data: SliceDataset) -> DataLoader:
     """A loader over this process's share of `data`, each sample once among all processes."""
     shard = distributed.EvaluationShard(len(data))
     return loader_for(args, data, sampler=shard, batch_size=args.batch_size)
@@ -193,7 +116,7 @@ def evaluation_loader(args: argparse.Namespace, data: SliceDataset) -> DataLoade
 
 
 def train(
-    args: argparse.Namespace,
+    args: Namespace,
     precision: Precision,
     model: USam,
     data: dict[str, SliceDataset],
@@ -246,7 +169,7 @@ def train(
     say(f"best.pth, last.pth and log.jsonl in {args.output_dir}")
 
 
-def recipe_of(args: argparse.Namespace, num_samples: int) -> engine.Recipe:
+def recipe_of(args: Namespace, num_samples: int) -> engine.Recipe:
     """What the flags say about training on `num_samples` slices an epoch."""
     total = args.epochs * num_samples
     return engine.Recipe(
@@ -259,7 +182,7 @@ def recipe_of(args: argparse.Namespace, num_samples: int) -> engine.Recipe:
 
 
 def restore(
-    args: argparse.Namespace,
+    args: Namespace,
     saved: dict[str, Any] | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -283,7 +206,7 @@ def restore(
     return progress, best
 
 
-def say_what_is_trained(args: argparse.Namespace, model: USam, data: dict) -> None:
+def say_what_is_trained(args: Namespace, model: USam, data: dict) -> None:
     """Print the sizes of what is about to be trained, and what the best is chosen by."""
     million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     say(
@@ -315,7 +238,7 @@ def one_line(line: dict[str, Any], seconds: float, is_best: bool) -> str:
 
 
 def evaluate(
-    args: argparse.Namespace,
+    args: Namespace,
     precision: Precision,
     model: USam,
     data: SliceDataset,
@@ -347,7 +270,7 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    flags = parse_flags()
+    flags = parse_flags(DATASETS)
     try:
         main(flags)
     except (ValueError, OSError) as error:
