@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,20 +103,22 @@ def to_cpu(state: Any) -> Any:
 class BackgroundSaver:
     """Saves in a thread, so that training waits for the copy off the device and no longer.
 
-    A caller whose save may wait for the next occasion looks at `busy` first and passes it over;
-    `submit` waits its turn. A failed write is reported and tried again with the next save; the
-    third in a row raises.
+    A caller whose save may wait for the next occasion asks `is_due` first; `submit` waits its
+    turn. A failed write is reported and tried again with the next save; the third in a row raises.
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._started = self._ended = time.monotonic()
         self._failures = 0
         self._error: OSError | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether a write is under way."""
-        return self._thread is not None and self._thread.is_alive()
+    def is_due(self) -> bool:
+        """Whether nothing is being written and writing took no more than a tenth of the time."""
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        return time.monotonic() - self._ended >= 9 * (self._ended - self._started)
 
     def submit(self, files: Mapping[Path, Mapping[str, Any]]) -> None:
         """Write each state to its path, in order, after any write under way has ended."""
@@ -136,6 +139,7 @@ class BackgroundSaver:
             print(f"warning: {error}; training goes on and tries again", flush=True)
 
     def _write(self, snapshot: Mapping[str, Mapping[str, Any]]) -> None:
+        self._started = time.monotonic()
         try:
             for path, state in snapshot.items():
                 save(Path(path), state)
@@ -143,3 +147,4 @@ class BackgroundSaver:
         except OSError as error:
             self._failures += 1
             self._error = error
+        self._ended = time.monotonic()

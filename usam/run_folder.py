@@ -64,10 +64,10 @@ class RunFolder:
     def save(self, state: Callable[[], dict[str, Any]], *, as_best: bool, may_skip: bool) -> None:
         """Save what `state` gives as last.pth and, with `as_best`, as best.pth too.
 
-        Returns once the state is copied. With `may_skip` it is passed over while an earlier one
-        is still being written: epochs shorter than a write would otherwise wait for the disk.
+        Returns once the state is copied. With `may_skip` it is passed over where epochs are so
+        short that writing would take more than a tenth of the time; a later one is then saved.
         """
-        if not is_main() or (may_skip and self._saver.busy):
+        if not is_main() or (may_skip and not self._saver.is_due):
             return
         whole = state()
         files = {self.path / "last.pth": whole}
