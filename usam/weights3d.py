@@ -60,9 +60,15 @@ def load_sam_med3d_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         "wrong shape": shapes,
     }
     if any(faults.values()):
-        text = "; ".join(f"{kind}: {', '.join(what)}" for kind, what in faults.items() if what)
+        text = "; ".join(f"{kind}: {listed(what)}" for kind, what in faults.items() if what)
         raise ValueError(f"SAM-Med3D weights do not fit the network: {text}")
     model.load_state_dict(dict(state), strict=True)
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names in a row, the rest counted where they are many."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
