@@ -22,6 +22,7 @@ def scan(number: int = 0, num_classes: int = 17) -> tuple[np.ndarray, np.ndarray
         label[x : x + 3, y : y + 3, 1:5] = class_id
     image = np.full(SHAPE, -1000, dtype=np.int16)
     image[3:21, 3:17] = 20
+    image[10:13, 14:16] = 400  # the spine
     image = image + 10 * label.astype(np.int16) + rng.integers(-5, 6, SHAPE, dtype=np.int16)
     return image, label
 
@@ -67,8 +68,8 @@ def care(root: Path, slices: Mapping[str, Sequence[str]]) -> Path:
         for number, name in enumerate(names):
             label = np.zeros((32, 32))
             label[8 + number : 16, 10:20] = 1
-            label[10:12, 12:14] = 2
-            image = np.random.default_rng(len(name) + number).random((32, 32))
+            label[12:16, 12:16] = 2
+            image = np.random.default_rng(list(name.encode())).random((32, 32))
             np.savez(folder / f"{name}.npz", image=image, label=label)
             rows.append(f'{name},"[8, 10, 16, 20]"')
         (root / split / f"{split}_bbox.csv").write_text("\n".join(rows) + "\n")

@@ -1,0 +1,110 @@
+"""What can be wrong or odd about a prepared slice store: index, arrays, splits.
+
+`verify` runs these; every array is read whole and counted against the index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.checks import Checked, Finding, check_counts, compare_cases, fingerprint
+from dataset.slices import SliceStore
+
+PARTIAL = ("care", "phantom")  # sources that hold cases without foreground on purpose
+
+
+@dataclass(frozen=True)
+class StoreJob:
+    """One case of a store, by its place in the index."""
+
+    folder: Path
+    number: int
+
+
+def check_store(folder: Path, run: Callable[..., Iterator[Checked]]) -> tuple[list[Finding], int]:
+    """(findings, cases read) of a store; `run` maps check_case over the jobs."""
+    try:
+        store = SliceStore(folder)
+    except (ValueError, OSError) as error:
+        return [Finding("wrong", "index.json", _short(error, folder))], 0
+    cases = list(run(check_case, [StoreJob(folder, n) for n in range(len(store.cases))]))
+    findings = [finding for case in cases for finding in case.findings]
+    findings += compare_cases(cases)
+    findings += _check_names(store)
+    findings += _check_files(store)
+    findings += _check_splits(store)
+    return findings, len(cases)
+
+
+def check_case(job: StoreJob) -> Checked:
+    """Both arrays of one case against its entry in the index."""
+    store = SliceStore(job.folder)
+    case = store.cases[job.number]
+    checked = Checked(case["id"], case["split"], f"cases/{case['file']}")
+    if case.get("spacing"):
+        z, y, x = case["spacing"]
+        checked.spacing = z, (y * x) ** 0.5
+    try:
+        planes = [store.read(job.number, k) for k in range(case["shape"][0])]
+    except (ValueError, OSError) as error:
+        checked.wrong(_short(error, job.folder))
+        return checked
+    counts = [np.bincount(mask.ravel(), minlength=len(store.classes)) for _, mask in planes]
+    if any(count.tolist() != row for count, row in zip(counts, case["pixels"], strict=True)):
+        checked.wrong("the mask does not hold the voxels that the index counts")
+    partial = store.index.get("dataset") in PARTIAL
+    check_counts(checked, np.sum(counts, axis=0), may_be_empty=partial)
+    images = np.stack([image for image, _ in planes])
+    checked.fingerprint = fingerprint(images)
+    if images.min() == images.max():
+        checked.odd(f"every pixel is {images.min()}; is the window right?")
+    return checked
+
+
+def _check_names(store: SliceStore) -> Iterator[Finding]:
+    names = Counter(name for case in store.cases for name in case["slices"])
+    for name, count in names.items():
+        if count > 1:
+            yield Finding("wrong", "index.json", f"{count} slices are named {name!r}")
+
+
+def _check_files(store: SliceStore) -> Iterator[Finding]:
+    known = {case["file"] for case in store.cases}
+    for path in sorted((store.folder / "cases").iterdir()):
+        stem = path.name.removesuffix(".npy").removesuffix(".image").removesuffix(".mask")
+        if stem.removesuffix(".json") not in known:
+            yield Finding("odd", f"cases/{path.name}", "is not in the index")
+
+
+def _check_splits(store: SliceStore) -> Iterator[Finding]:
+    path = store.folder / "splits.json"
+    if not path.is_file():
+        return
+    try:
+        table = json.loads(path.read_bytes())
+        whole = {split: set(table[split]) for split in ("train", "val", "test")}
+        folds = [(set(fold["train"]), set(fold["val"])) for fold in table.get("folds", [])]
+    except (ValueError, KeyError, TypeError) as error:
+        yield Finding("wrong", path.name, f"not a table of splits ({error!r:.80})")
+        return
+    for split, ids in whole.items():
+        stored = {case["id"] for case in store.cases if case["split"] == split}
+        for what, cases in (("names", ids - stored), ("leaves out", stored - ids)):
+            if cases:
+                named = ", ".join(sorted(cases)[:5])
+                yield Finding("wrong", path.name, f"{split} {what} {named}, unlike the index")
+    for number, (train, val) in enumerate(folds):
+        if train & val or train | val != whole["train"]:
+            yield Finding("wrong", path.name, f"fold {number} does not divide the training cases")
+
+
+def _short(error: Any, folder: Path) -> str:
+    """An error's text without the folder that the reader already knows."""
+    return " ".join(str(error).replace(f"{folder}/", "").split())

@@ -1,0 +1,149 @@
+"""Reads a whole data set and lists what is wrong and what is odd: python -m dataset.verify DIR.
+
+Works on raw layouts and on prepared stores, changes nothing, and ends with 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset.checks import Checked, Finding, ScanJob, check_scan, compare_cases, relative
+from dataset.checks_care import check_care
+from dataset.checks_store import check_store
+from dataset.parallel import default_workers, each_case
+from dataset.sources import LAYOUTS, Source, find_source, guess_layout
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.verify",
+        description="List what is wrong or odd in a raw data set or a prepared store."
+        " Exit code 0: nothing wrong; 1: something is; 2: DIR cannot be checked.",
+    )
+    parser.add_argument("dir", type=Path, help="folder of a raw data set or of a store")
+    parser.add_argument(
+        "--source", choices=(*LAYOUTS, "store"), help="layout; found out if left out"
+    )
+    parser.add_argument("--labels", type=Path, help="folder: the labels, DIR being the images")
+    parser.add_argument("--channel", type=int, help="which of several channels, from 0")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the command: 0 nothing wrong, 1 something wrong, 2 nothing to check."""
+    args = build_parser().parse_args(arguments)
+    try:
+        layout, findings, files = verify(
+            args.dir,
+            layout=args.source,
+            labels=args.labels,
+            channel=args.channel,
+            workers=args.workers,
+        )
+    except (ValueError, OSError) as error:
+        print(f"verify: error: {error}", file=sys.stderr)
+        return 2
+    levels = {level: [f for f in findings if f.level == level] for level in ("wrong", "odd")}
+    if args.json:
+        print(json.dumps(_as_json(args.dir, layout, files, levels), indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.level:<6} {finding.file}: {finding.what}")
+        wrong, odd = (len(found) for found in levels.values())
+        print(f"{layout}, {files} cases or slices read: {wrong} wrong, {odd} odd")
+    return 1 if levels["wrong"] else 0
+
+
+def _as_json(
+    folder: Path, layout: str, files: int, levels: dict[str, list[Finding]]
+) -> dict[str, Any]:
+    listed = {
+        level: [{"file": finding.file, "what": finding.what} for finding in found]
+        for level, found in levels.items()
+    }
+    return {"folder": str(folder), "layout": layout, "read": files, **listed}
+
+
+def verify(
+    folder: Path,
+    *,
+    layout: str | None = None,
+    labels: Path | None = None,
+    channel: int | None = None,
+    workers: int = 1,
+) -> tuple[str, list[Finding], int]:
+    """(layout, findings sorted by file, cases or slices read) of a data set; reads all of it.
+
+    Raises FileNotFoundError for a folder that is missing or follows no known layout.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    if layout is None:
+        stored = (folder / "index.json").exists()
+        layout = "store" if stored else "folder" if labels else guess_layout(folder)
+
+    def run(work: Callable[[Any], Checked], jobs: Sequence[Any]) -> Iterator[Checked]:
+        results = each_case(work, jobs, workers=workers, title="verifying")
+        order = {job: number for number, job in enumerate(jobs)}
+        for job, result in sorted(results, key=lambda pair: order[pair[0]]):
+            yield result if isinstance(result, Checked) else _unreadable(job, result)
+
+    if layout == "store":
+        findings, files = check_store(folder, run)
+    elif layout == "care":
+        findings, files = check_care(folder, run)
+    else:
+        findings, files = _check_scans(layout, folder, labels, channel, run)
+    return layout, sorted(findings, key=lambda f: (f.level != "wrong", f.file, f.what)), files
+
+
+def _unreadable(job: Any, error: Exception) -> Checked:
+    checked = Checked(str(job), "", str(getattr(job, "path", job)))
+    checked.wrong(error)
+    return checked
+
+
+def _check_scans(
+    layout: str,
+    folder: Path,
+    labels: Path | None,
+    channel: int | None,
+    run: Callable[..., Iterator[Checked]],
+) -> tuple[list[Finding], int]:
+    """Findings about a WORD, nnU-Net or folder data set; of several channels, the first."""
+    if layout == "nnunet" and channel is None:
+        channel = 0
+    try:
+        source = find_source(layout, folder, labels=labels, channel=channel)
+    except ValueError as error:
+        text = str(error).removeprefix(f"{folder}/")
+        return [Finding("wrong", text.partition(":")[0], text.partition(":")[2].strip())], 0
+    num_classes = len(source.classes) if source.classes else 255
+    is_ct = source.window != "percentile"
+    jobs = [ScanJob(case, source.root, num_classes, is_ct) for case in source.cases]
+    cases = list(run(check_scan, jobs))
+    findings = [finding for case in cases for finding in case.findings]
+    findings += compare_cases(cases)
+    findings += _unpaired(source)
+    return findings, len(jobs)
+
+
+def _unpaired(source: Source) -> Iterator[Finding]:
+    for path in source.unmatched:
+        yield Finding("wrong", relative(path, source.root), "label without an image of its name")
+    for path in source.unlabelled:
+        # Releases keep the labels of test scans back; elsewhere a label has been lost.
+        level = "odd" if path.parent.name.endswith("Ts") else "wrong"
+        yield Finding(level, relative(path, source.root), "image without a label of its name")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
