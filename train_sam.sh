@@ -8,10 +8,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [[ " $* " == *" --device cpu "* || " $* " == *" --device=cpu "* ]]; then
   gpus=2
-elif [[ "$gpus" == 0 ]]; then
+else
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+fi
+if [[ "$gpus" == 0 ]]; then
   echo "train_sam.sh: no GPU here; add --device cpu to train with two processes on the CPU" >&2
   exit 2
 fi

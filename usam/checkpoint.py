@@ -104,12 +104,14 @@ class BackgroundSaver:
     """Saves in a thread, so that training waits for the copy off the device and no longer.
 
     A caller whose save may wait for the next occasion asks `is_due` first; `submit` waits its
-    turn. A failed write is reported and tried again with the next save; the third in a row raises.
+    turn. A failed write is reported and tried again with the next save, unless that brings a newer
+    state for the same file; the third failure in a row raises.
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._started = self._ended = time.monotonic()
+        self._unwritten: dict[str, Mapping[str, Any]] = {}
         self._failures = 0
         self._error: OSError | None = None
 
@@ -124,7 +126,9 @@ class BackgroundSaver:
         """Write each state to its path, in order, after any write under way has ended."""
         self.wait()
         snapshot = to_cpu({str(path): state for path, state in files.items()})
-        self._thread = threading.Thread(target=self._write, args=(snapshot,))
+        failed = {path: old for path, old in self._unwritten.items() if path not in snapshot}
+        self._unwritten = failed | snapshot
+        self._thread = threading.Thread(target=self._write)
         self._thread.start()
 
     def wait(self) -> None:
@@ -138,13 +142,21 @@ class BackgroundSaver:
                 raise error
             print(f"warning: {error}; training goes on and tries again", flush=True)
 
-    def _write(self, snapshot: Mapping[str, Mapping[str, Any]]) -> None:
+    def finish(self) -> None:
+        """Return when everything submitted is on the disk; raises OSError where it cannot be."""
+        self.wait()
+        if self._unwritten:
+            self._write()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
         self._started = time.monotonic()
-        try:
-            for path, state in snapshot.items():
+        for path, state in list(self._unwritten.items()):
+            try:
                 save(Path(path), state)
-            self._failures = 0
-        except OSError as error:
-            self._failures += 1
-            self._error = error
+                del self._unwritten[path]
+            except OSError as error:
+                self._error = error
+        self._failures = self._failures + 1 if self._unwritten else 0
         self._ended = time.monotonic()

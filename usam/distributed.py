@@ -6,6 +6,7 @@ u-sam.py starts here; the engine reduces and shards through these functions, alo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -79,8 +80,11 @@ def stop() -> None:
 def select_device(name: str, local_rank: int) -> torch.device:
     """The device called `name`; "auto" prefers CUDA, then Apple's MPS, then the CPU.
 
-    Raises ValueError if CUDA or MPS is asked for and absent, or there are too few GPUs.
+    Raises ValueError if CUDA or MPS is asked for and absent, there are too few GPUs, or for
+    another name.
     """
+    if not re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", name):
+        raise ValueError(f"--device {name}: wanted auto, cuda, cuda:N, mps or cpu")
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"

@@ -40,7 +40,9 @@ class RunFolder:
         elif self.log_file.exists():
             lines = self.log_file.read_text().splitlines()
             kept = [line for line in lines if _epoch_of(line) < first_epoch]
-            self.log_file.write_text("".join(line + "\n" for line in kept))
+            temporary = self.log_file.with_name(f".{self.log_file.name}.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self.log_file)
 
     def _move_aside(self) -> None:
         files = [self.path / name for name in RUN_FILES if (self.path / name).exists()]
@@ -77,8 +79,8 @@ class RunFolder:
         self._saver.submit(files)
 
     def finish(self) -> None:
-        """Return when everything submitted is on the disk."""
-        self._saver.wait()
+        """Return when everything submitted is on the disk; raises OSError where it cannot be."""
+        self._saver.finish()
 
 
 def run_state(
