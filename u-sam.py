@@ -102,7 +102,7 @@ def loader_for(args: Namespace, data: SliceDataset, **how: Any) -> DataLoader:
     """A loader over `data`; `how` names the sampler or batch sampler."""
     return DataLoader(
         data, num_workers=args.num_workers, pin_memory=torch.cuda.is_available(),
-        persistent_workers=args.num_workers > 0, **how,
+        persistent_workers=args.num_workers > 0, generator=torch.Generator(), **how,
     )  # fmt: skip
 
 
@@ -198,7 +198,8 @@ def restore(
                 f"{args.resume} holds weights only; go on from last.pth, or evaluate it with --eval"
             )
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty unless it was float16 that was trained with
+            scaler.load_state_dict(saved["scaler"])
         checkpoint.restore_random_state(saved["rng"])
         progress, best = engine.Progress(**saved["progress"]), dict(saved["best"])
     if args.start_epoch is not None:
@@ -223,7 +224,8 @@ def say_what_is_trained(args: Namespace, model: USam, data: dict) -> None:
 
 def one_line(line: dict[str, Any], seconds: float, is_best: bool) -> str:
     """An epoch's figures for the terminal."""
-    text = f"epoch {line['epoch']}: loss {line['loss']:.4f}"
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    text = f"epoch {line['epoch']}: loss {loss}"
     if "val" in line:
         scores = list(line["val"]["dice"].items())[1:6] + [("mean", line["val"]["mean_dice"])]
         shown = [f"{name} {value:.3f}" for name, value in scores if value is not None]
@@ -274,7 +276,9 @@ if __name__ == "__main__":
     try:
         main(flags)
     except (ValueError, OSError) as error:
-        print(f"u-sam.py: error: {error}", file=sys.stderr, flush=True)
+        # A loader's process sends its whole traceback, which ends in the line that matters.
+        reason = str(error).strip().splitlines()[-1]
+        print(f"u-sam.py: error: {reason}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     finally:
         distributed.stop()

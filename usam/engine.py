@@ -105,11 +105,15 @@ def step_generator(seed: int, epoch: int, step: int, rank: int) -> torch.Generat
 
 @dataclass
 class Progress:
-    """How far training has come: the next epoch, the next step in it, samples seen by all ranks."""
+    """How far training has come: the next epoch, the next step in it, samples seen by all ranks.
+
+    `skipped_in_a_row` counts the last steps left out, over the ends of epochs.
+    """
 
     epoch: int = 0
     step: int = 0
     samples: int = 0
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,22 +134,35 @@ class FiniteGuard:
     """Leaves out steps whose gradients are not finite, without asking the device each time.
 
     The gradients of all one-dimensional parameters are summed up: a NaN or Inf anywhere in a
-    loss reaches them, and after the all-reduce it reaches them on every rank. The fused
+    loss reaches them, and after the all-reduce it reaches them on every rank. In float16 the
+    scaled gradients of single weights overflow, too, so there all of them are (`every`). The fused
     optimizer reads the verdict on the device and leaves weights and state as they are.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._watched = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, every: bool = False, in_a_row: int = 0
+    ) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._watched = [p for p in trained if every or p.ndim == 1]
+        self._statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self._at_start = [buffer.clone() for buffer in self._statistics]
         self.skipped = torch.zeros((), device=device)
-        self.in_a_row = torch.zeros((), device=device)
+        self.in_a_row = torch.full((), float(in_a_row), device=device)
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tell `optimizer` whether the gradients at hand are fit to be used."""
-        norms = torch._foreach_norm([p.grad for p in self._watched if p.grad is not None])
-        bad = (~torch.isfinite(torch.stack(norms).sum())).float()
+    def check(self, optimizer: torch.optim.Optimizer, norm: Tensor | None = None) -> None:
+        """Tell `optimizer` whether the gradients at hand, of this `norm` if known, are fit."""
+        if norm is None:
+            norms = torch._foreach_norm([p.grad for p in self._watched if p.grad is not None])
+            norm = torch.stack(norms).sum()
+        bad = (~torch.isfinite(norm)).float()
         optimizer.found_inf = bad
         self.skipped += bad
         self.in_a_row = (self.in_a_row + 1) * bad
+
+    def mend_statistics(self) -> None:
+        """Where a NaN went through BatchNorm, give back the statistics of the epoch's start."""
+        for buffer, start in zip(self._statistics, self._at_start, strict=True):
+            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, start))
 
     def raise_if_stuck(self) -> None:
         """Raise ValueError once too many steps in a row were left out; waits for the device."""
@@ -167,9 +184,10 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     progress: Progress,
     after_step: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Train on what `loader` gives and move `progress` on; mean loss, rate and skipped steps.
 
+    The mean is over finite losses, None if there was none.
     The loader starts at `progress.step` of epoch `progress.epoch` (see TrainingBatches).
     Learning rates are set before each optimizer step from the samples seen so far. The last
     batches of an epoch are stepped also when they are fewer than `accumulation_steps`.
@@ -178,7 +196,9 @@ def train_one_epoch(
     """
     model.train()
     sampler, batches = loader.batch_sampler, iter(loader)
-    guard = FiniteGuard(model, precision.device)
+    guard = FiniteGuard(
+        model, precision.device, every=scaler.is_enabled(), in_a_row=progress.skipped_in_a_row
+    )
     losses = torch.zeros(2, device=precision.device)  # their sum, their number
     stopped = False
     with _progress_bar(len(sampler), progress) as bar:
@@ -191,7 +211,8 @@ def train_one_epoch(
                 with _without_sync(model, skip=not is_last), precision.autocast():
                     loss = step(model, batch, generator)
                     scaler.scale(loss / len(group)).backward()
-                losses += torch.stack([loss.detach().float(), torch.ones_like(losses[1])])
+                loss = loss.detach().float()
+                losses += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
                 progress.step += 1
             _optimizer_step(model, optimizer, scaler, guard, clip_max_norm=recipe.clip_max_norm)
             progress.samples += samples
@@ -204,8 +225,11 @@ def train_one_epoch(
             stopped = after_step()
     if progress.step == len(sampler):
         progress.epoch, progress.step = progress.epoch + 1, 0
+    progress.skipped_in_a_row = int(guard.in_a_row)
+    guard.mend_statistics()
     total, number = reduce_sum(losses).tolist()
-    return {"loss": total / number, "lr": rate, "skipped_steps": int(guard.skipped)}
+    mean = total / number if number else None
+    return {"loss": mean, "lr": rate, "skipped_steps": int(guard.skipped)}
 
 
 def _progress_bar(num_steps: int, progress: Progress) -> tqdm:
@@ -246,11 +270,11 @@ def _optimizer_step(
     """Clip, step unless the gradients are not finite, and clear them."""
     if scaler.is_enabled():
         scaler.unscale_(optimizer)
+    norm = None
     if clip_max_norm > 0:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
-    if not scaler.is_enabled():  # the scaler makes the same check itself
-        guard.check(optimizer)
-    scaler.step(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
+    guard.check(optimizer, norm)
+    scaler.step(optimizer)  # an enabled scaler puts its own verdict, the same one, in our place
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 

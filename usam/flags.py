@@ -9,16 +9,24 @@ import argparse
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from usam.sam_vit import SAM_MODELS
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line, not below a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked one by one; those left at None take a checkpoint's value or a default.
 
-    datasets: the names --dataset may take. Exits with a usage line and code 2 on a bad flag.
+    datasets: the names --dataset may take. Exits with one line and code 2 on a bad flag.
     """
-    parser = argparse.ArgumentParser(description="Tune SAM to segment CT slices.")
+    parser = Parser(description="Tune SAM to segment CT slices.")
     data = parser.add_argument_group("data").add_argument
     data("--dataset", choices=sorted(datasets), default="rectum", help="what to work on")
     data("--data_root", type=Path, help="its folder (data/CARE, data/WORD, data/phantom)")
