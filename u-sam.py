@@ -23,7 +23,8 @@ from dataset import DATASETS, SliceDataset, build_dataset
 from dataset.transforms import augment
 from usam import checkpoint, distributed, engine, report, weights
 from usam.engine import Precision
-from usam.flags import parse_flags
+from usam.flags import parse_flags, settle
+from usam.job import Job, Summary
 from usam.metrics import rank_score
 from usam.model import USam, build_usam
 from usam.run_folder import RunFolder, run_state
@@ -33,33 +34,18 @@ BAD_INPUT = 2  # exit code
 NUM_OVERLAYS = 8
 
 
-def settle_flags(args: Namespace, saved: dict[str, Any] | None) -> None:
-    """Fill the flags that describe the model from `saved` (a checkpoint), else with defaults.
-
-    Raises ValueError where a flag was given and the checkpoint's model is another.
-    """
-    described = {"sam_model": "vit_b", "img_size": 224, "prompt_mode": 0}
-    if saved:
-        described = {
-            "sam_model": saved["args"]["sam_model"],
-            "img_size": saved["data"]["img_size"],
-            "prompt_mode": saved["data"]["prompt_mode"],
-        }
-    for name, value in described.items():
-        given = getattr(args, name)
-        if given is None:
-            setattr(args, name, value)
-        elif saved and given != value and name != "prompt_mode":
-            raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
-
-
 def main(args: Namespace) -> None:
-    """One run: what training and evaluation share, then one of the two."""
+    """One run: device, checkpoint and flags, then what the model does with them."""
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
     saved = weights.read_checkpoint(args.resume) if args.resume else None
-    settle_flags(args, saved)
+    settle(args, saved)
     precision = engine.select_precision(args.amp, device)
     say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
+    run_slices(args, precision, saved)
+
+
+def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
+    """U-SAM on slices: data, model, then training or evaluation."""
     with distributed.main_process_first():
         splits = ("test",) if args.eval else ("train", "val")
         data = {split: load_split(args, split) for split in splits}
@@ -77,11 +63,13 @@ def main(args: Namespace) -> None:
     else:
         with distributed.main_process_first():
             say(weights.initialize(model, args.sam_model, args.sam_weight))
-    model.to(device)
+    model.to(precision.device)
     if args.eval:
         evaluate(args, precision, model, data["test"], weights.points_are_row_col(saved))
-    else:
-        train(args, precision, model, data, saved)
+        return
+    job = slices_job(args, precision, model, data)
+    say_what_is_trained(args, job, data)
+    train(args, precision, job, saved)
 
 
 def say(text: str) -> None:
@@ -115,69 +103,84 @@ def evaluation_loader(args: Namespace, data: SliceDataset) -> DataLoader:
 # ------------------------------------------------------------------ training
 
 
-def train(
-    args: Namespace,
-    precision: Precision,
-    model: USam,
-    data: dict[str, SliceDataset],
-    saved: dict[str, Any] | None,
-) -> None:
+def slices_job(
+    args: Namespace, precision: Precision, model: USam, data: dict[str, SliceDataset]
+) -> Job:
+    """U-SAM's training on `data`, its "train" and "val" splits."""
+    validation, classes = evaluation_loader(args, data["val"]), data["val"].classes
+
+    def validate() -> Summary:
+        counts = engine.evaluate(
+            model, validation, prompt_mode=args.prompt_mode, precision=precision
+        )
+        return counts.summary(classes)
+
+    def shown(summary: Summary) -> dict[str, float | None]:
+        return dict(list(summary["dice"].items())[1:6]) | {"mean": summary["mean_dice"]}
+
+    return Job(
+        model=model,
+        groups=model.parameter_groups(args.lr, args.lr_vit, args.lr_backbone),
+        data=data["train"],
+        step=engine.segmentation_step(augment, args.prompt_mode, precision.device),
+        validate=validate if len(data["val"]) else None,
+        shown=shown,
+        info=data["train"].info | {"prompt_mode": args.prompt_mode},
+    )
+
+
+def train(args: Namespace, precision: Precision, job: Job, saved: dict[str, Any] | None) -> None:
     """Train until `--epochs` are done; evaluate, log and save after each."""
-    num_samples = len(data["train"])
+    num_samples = len(job.data)
     batches = distributed.TrainingBatches(num_samples, args.batch_size, args.seed)
-    loader = loader_for(args, data["train"], batch_sampler=batches)
-    validation = evaluation_loader(args, data["val"])
-    groups = model.parameter_groups(args.lr, args.lr_vit, args.lr_backbone)
-    optimizer = engine.build_optimizer(groups, args.weight_decay)
+    loader = loader_for(args, job.data, batch_sampler=batches)
+    optimizer = engine.build_optimizer(job.groups, args.weight_decay)
     scaler = precision.scaler()
     progress, best = restore(args, saved, optimizer, scaler)
     folder = RunFolder(args.output_dir, args.resume, progress.epoch)
     state = partial(
-        run_state, flags=vars(args), data=data["train"].info | {"prompt_mode": args.prompt_mode},
-        model=model, progress=progress, best=best, optimizer=optimizer, scaler=scaler,
+        run_state, flags=vars(args), data=job.info, model=job.model, progress=progress, best=best,
+        optimizer=optimizer, scaler=scaler,
     )  # fmt: skip
-    say_what_is_trained(args, model, data)
     one_epoch = partial(
-        engine.train_one_epoch, distributed.wrap(model, precision.device), loader, optimizer,
-        step=engine.segmentation_step(augment, args.prompt_mode, precision.device),
-        recipe=recipe_of(args, num_samples), precision=precision, scaler=scaler,
+        engine.train_one_epoch, distributed.wrap(job.model, precision.device), loader, optimizer,
+        step=job.step, recipe=recipe_of(args, job), precision=precision, scaler=scaler,
         progress=progress,
     )  # fmt: skip
     while progress.epoch < args.epochs:
         batches.epoch, batches.first_step = progress.epoch, progress.step
         line, started = {"epoch": progress.epoch}, time.perf_counter()
         line |= one_epoch() | {"samples": progress.samples}
-        distributed.broadcast_buffers(model)
+        distributed.broadcast_buffers(job.model)
         score = None
-        if len(data["val"]):
-            counts = engine.evaluate(
-                model, validation, prompt_mode=args.prompt_mode, precision=precision
-            )
-            line["val"] = counts.summary(data["val"].classes)
+        if job.validate:
+            line["val"] = job.validate()
             score = line["val"]["mean_dice"]
         is_best = best["epoch"] is None or rank_score(score) > rank_score(best["mean_dice"])
-        if is_best or not len(data["val"]):
+        if is_best or not job.validate:
             best.update(epoch=line["epoch"], mean_dice=score)
         folder.log(line)
-        say(one_line(line, time.perf_counter() - started, is_best))
+        figures = job.shown(line["val"]) if job.validate else {}
+        say(report.one_line(line, figures, time.perf_counter() - started, is_best=is_best))
         folder.save(
             state,
             as_best=best["epoch"] == line["epoch"],
-            may_skip=not (is_best and len(data["val"])) and progress.epoch < args.epochs,
+            may_skip=not (is_best and job.validate) and progress.epoch < args.epochs,
         )
     folder.finish()
     say(f"best.pth, last.pth and log.jsonl in {args.output_dir}")
 
 
-def recipe_of(args: Namespace, num_samples: int) -> engine.Recipe:
-    """What the flags say about training on `num_samples` slices an epoch."""
-    total = args.epochs * num_samples
+def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
+    """What the flags say about training on the samples of `job`."""
+    total = args.epochs * len(job.data)
     return engine.Recipe(
         seed=args.seed,
         total_samples=total,
         warmup_samples=warmup_length(total, args.epochs) if args.warmup else 0,
         accumulation_steps=args.accumulation_steps,
         clip_max_norm=args.clip_max_norm,
+        decay_at=job.decay_at,
     )
 
 
@@ -207,9 +210,9 @@ def restore(
     return progress, best
 
 
-def say_what_is_trained(args: Namespace, model: USam, data: dict) -> None:
+def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
     """Print the sizes of what is about to be trained, and what the best is chosen by."""
-    million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    million = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
     say(
         f"U-SAM {args.sam_model} at {args.img_size} pixels, {million:.1f} M trained parameters; "
         f"{args.dataset}: {len(data['train'])} training slices, {len(data['val'])} to validate on"
@@ -220,20 +223,6 @@ def say_what_is_trained(args: Namespace, model: USam, data: dict) -> None:
         say("--val_fraction 0: best.pth is chosen on the test cases, as published")
     if args.batch_size == 1:
         say("warning: BatchNorm learns little from --batch_size 1; 2 or more is better")
-
-
-def one_line(line: dict[str, Any], seconds: float, is_best: bool) -> str:
-    """An epoch's figures for the terminal."""
-    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-    text = f"epoch {line['epoch']}: loss {loss}"
-    if "val" in line:
-        scores = list(line["val"]["dice"].items())[1:6] + [("mean", line["val"]["mean_dice"])]
-        shown = [f"{name} {value:.3f}" for name, value in scores if value is not None]
-        text += ", validation Dice " + ", ".join(shown)
-        text += " (best)" if is_best else ""
-    if line["skipped_steps"]:
-        text += f", {line['skipped_steps']} steps left out (gradients not finite)"
-    return text + f", {seconds:.0f} s"
 
 
 # ---------------------------------------------------------------- evaluation

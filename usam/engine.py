@@ -121,6 +121,7 @@ class Recipe:
     """How one epoch is trained; the numbers behind the flags of the same names.
 
     `total_samples` is what all epochs together will see; `warmup_samples` of them ramp up.
+    `decay_at`: see `learning_rate_factor`.
     """
 
     seed: int
@@ -128,6 +129,7 @@ class Recipe:
     warmup_samples: int = 0
     accumulation_steps: int = 1
     clip_max_norm: float = 0.0
+    decay_at: tuple[float, ...] = ()
 
 
 class FiniteGuard:
@@ -245,8 +247,9 @@ def _set_rate(
 ) -> float:
     """Set every group's rate for the coming step; the first group's rate."""
     factor = learning_rate_factor(
-        samples_before, samples, total=recipe.total_samples, warmup=recipe.warmup_samples
-    )
+        samples_before, samples, total=recipe.total_samples, warmup=recipe.warmup_samples,
+        decay_at=recipe.decay_at,
+    )  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]

@@ -1,6 +1,6 @@
 """The command line of u-sam.py: every flag, its check and its one-line help.
 
-Only u-sam.py calls this and sees what it returns; the rest of the package takes plain arguments.
+Only u-sam.py calls this and sees what comes back; the rest of the package takes plain arguments.
 """
 
 from __future__ import annotations
@@ -9,9 +9,39 @@ import argparse
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from usam.model3d import SAM_MED3D_MODELS
 from usam.sam_vit import SAM_MODELS
+
+# What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "u-sam": {
+        "dataset": "rectum",
+        "sam_model": "vit_b",
+        "img_size": 224,
+        "prompt_mode": 0,
+        "epochs": 100,
+        "batch_size": 24,
+        "accumulation_steps": 1,
+        "lr": 1e-3,
+        "lr_vit": 1e-4,
+        "lr_backbone": 1e-4,
+        "weight_decay": 1e-4,
+    },
+    "sam-med3d": {
+        "dataset": "phantom3d",
+        "sam_model": "vit_b_ori",
+        "rel_pos": "published",
+        "epochs": 200,
+        "batch_size": 12,
+        "accumulation_steps": 20,
+        "lr": 8e-4,
+        "weight_decay": 0.1,
+        "clicks": "random",
+    },
+}
+DESCRIBED = ("sam_model", "img_size", "prompt_mode", "rel_pos")  # as a checkpoint's model is
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,7 +58,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     """
     parser = Parser(description="Tune SAM to segment CT slices.")
     data = parser.add_argument_group("data").add_argument
-    data("--dataset", choices=sorted(datasets), default="rectum", help="what to work on")
+    data("--dataset", choices=sorted(datasets), help="what to work on (rectum; phantom3d)")
     data("--data_root", type=Path, help="its folder (data/CARE, data/WORD, data/phantom)")
     data(
         "--val_fraction",
@@ -39,8 +69,12 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     )
     data("--num_workers", type=count, default=2, help="loader processes for each process (2)")
     model = parser.add_argument_group("model").add_argument
-    model("--sam_model", choices=list(SAM_MODELS), help="the encoder's size (vit_b)")
-    model("--sam_weight", metavar="PATH|none", help="SAM's checkpoint (in weight/, downloaded)")
+    model("--model", choices=list(DEFAULTS), help="slices or volumes (u-sam, or --resume's)")
+    sizes = list(dict.fromkeys([*SAM_MODELS, *SAM_MED3D_MODELS]))
+    model("--sam_model", choices=sizes, help="the encoder's size (vit_b; vit_b_ori)")
+    model("--sam_weight", metavar="PATH|none", help="weights to start from (in weight/)")
+    model("--rel_pos", choices=("published", "corrected"),
+        help="sam-med3d: positions as the published weights need them (published)")  # fmt: skip
     model("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
     model(
         "--prompt_mode",
@@ -49,17 +83,20 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both (0)",
     )
     train = parser.add_argument_group("training").add_argument
-    train("--epochs", type=positive, default=100, help="passes over the training slices (100)")
-    train("--batch_size", type=positive, default=24, help="slices a step and process (24)")
-    train("--accumulation_steps", type=positive, default=1, help="batches a step (1)")
-    train("--lr", type=non_negative, default=1e-3, help="rate of decoder and prompts (1e-3)")
-    train("--lr_vit", type=non_negative, default=1e-4, help="rate of SAM's encoder (1e-4)")
-    train("--lr_backbone", type=non_negative, default=1e-4, help="rate of the down path (1e-4)")
-    train("--weight_decay", type=non_negative, default=1e-4, help="AdamW's (1e-4)")
+    train("--epochs", type=positive, help="passes over the training data (100; 200)")
+    train("--batch_size", type=positive, help="samples a batch and process (24; 12)")
+    train("--accumulation_steps", type=positive, help="batches a step (1; 20)")
+    train("--lr", type=non_negative,
+        help="rate of decoder and prompts (1e-3); sam-med3d: of the encoder (8e-4)")  # fmt: skip
+    train("--lr_vit", type=non_negative, help="rate of SAM's encoder (1e-4)")
+    train("--lr_backbone", type=non_negative, help="rate of the down path (1e-4)")
+    train("--weight_decay", type=non_negative, help="AdamW's (1e-4; 0.1)")
     train("--warmup", action="store_true", help="ramp the rates up over half an epoch")
     train("--clip_max_norm", type=non_negative, default=0.0, help="gradient norm limit (0: off)")
     train("--seed", type=count, default=202307, help="of everything drawn at random (202307)")
     run = parser.add_argument_group("run").add_argument
+    run("--clicks", choices=("random", "largest"),
+        help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
     run("--eval", action="store_true", help="evaluate --resume on the test cases")
     run("--resume", type=Path, metavar="PATH", help="checkpoint to go on from or to evaluate")
     run("--start_epoch", type=count, help="first epoch, instead of the checkpoint's")
@@ -77,6 +114,31 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     if args.eval and not args.resume:
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     return args
+
+
+def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
+    """Fill the flags left out: from `saved`, a checkpoint, what describes its model; else DEFAULTS.
+
+    Raises ValueError where a flag was given and the checkpoint's model is another, or where the
+    model has no such flag.
+    """
+    described = {}
+    if saved:
+        described["model"] = saved["args"].get("model", "u-sam")
+    args.model = args.model or described.get("model", "u-sam")
+    own = DEFAULTS[args.model]
+    if saved:
+        known = saved["args"] | saved["data"]
+        described |= {name: known[name] for name in DESCRIBED if name in own and name in known}
+    for name in sorted({name for flags in DEFAULTS.values() for name in flags} - own.keys()):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not for --model {args.model}; leave it out")
+    for name, value in (own | described).items():
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, value)
+        elif name in described and given != value and name != "prompt_mode":
+            raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
 
 
 def count(text: str) -> int:

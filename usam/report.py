@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: the printed table, metrics.json and overlays.
+"""What a run tells: a line an epoch, the table of an evaluation, metrics.json and overlays.
 
 u-sam.py calls it with the test data after counting; nothing here decides how a model is run.
 """
@@ -21,6 +21,21 @@ PROMPT_SOURCES = (
     "3 points a class in the true masks",
     "3 points a class in the true masks and boxes around them",
 )
+
+
+def one_line(
+    line: Mapping[str, Any], figures: Mapping[str, float | None], seconds: float, *, is_best: bool
+) -> str:
+    """An epoch's figures for the terminal; `line` as in log.jsonl, `figures` its scores by name."""
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    text = f"epoch {line['epoch']}: loss {loss}"
+    if figures:
+        shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+        text += ", validation Dice " + ", ".join(shown)
+        text += " (best)" if is_best else ""
+    if line["skipped_steps"]:
+        text += f", {line['skipped_steps']} steps left out (gradients not finite)"
+    return text + f", {seconds:.0f} s"
 
 
 def write_scores(folder: Path, summary: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:

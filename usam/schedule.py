@@ -5,6 +5,8 @@ The engine asks for the factor before each optimizer step and multiplies every g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def warmup_length(total: int, epochs: int) -> int:
     """Samples in the warm-up: half of one epoch, at least one.
@@ -15,7 +17,13 @@ def warmup_length(total: int, epochs: int) -> int:
 
 
 def learning_rate_factor(
-    samples_before: int, batch_samples: int, total: int, *, warmup: int = 0, power: float = 0.9
+    samples_before: int,
+    batch_samples: int,
+    total: int,
+    *,
+    warmup: int = 0,
+    power: float = 0.9,
+    decay_at: Sequence[float] = (),
 ) -> float:
     """Factor in [0, 1] for the step that is about to be taken.
 
@@ -24,7 +32,8 @@ def learning_rate_factor(
     total: samples in the whole training; warmup: samples of linear warm-up, 0 for none.
     The factor is (1 - (n - warmup) / total) ** power with n = samples_before. In the warm-up it
     is (n + batch_samples) / warmup instead: counting the current batch spares a first step at
-    rate zero. The published code sets the same rates one step late.
+    rate zero. The published code sets the same rates one step late. With `decay_at`, shares of
+    the training in [0, 1], the factor is instead a tenth for each of them that has passed.
     Raises ValueError if `total` or `batch_samples` is below 1, or another count is negative.
     Source: polynomial decay, Liu et al. 2015 (ParseNet); power 0.9 as in DeepLab v2.
     """
@@ -35,6 +44,8 @@ def learning_rate_factor(
         )
     if samples_before < warmup:
         return min((samples_before + batch_samples) / warmup, 1.0)
+    if decay_at:
+        return 0.1 ** sum(samples_before >= share * total for share in decay_at)
     # Dropped batches can leave n short of total, a last batch kept whole can push it beyond.
     remaining = max(1 - (samples_before - warmup) / total, 0.0)
     return remaining**power
