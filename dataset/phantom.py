@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataset.phantom_anatomy import Anatomy, cut, draw_anatomy, table
+from dataset.phantom_anatomy import cut, table
+from dataset.phantom_patient import draw_anatomy
 from dataset.phantom_shapes import Shape, Tissue
 from dataset.slices import Entry, SliceStore, move_into_place, write_case, write_index
 
@@ -34,6 +35,9 @@ CLASSES = [
 ]
 RECTUM = (Tissue.RECTAL_WALL, Tissue.RECTAL_FLUID, Tissue.RECTAL_STOOL, Tissue.RECTAL_GAS)
 
+ENHANCING = (Tissue.GLAND, Tissue.BOWEL_WALL, Tissue.RECTAL_WALL, Tissue.TUMOUR)
+ENHANCEMENT = 14  # HU, half the range over which dose and timing of contrast medium move these
+
 # Tissue: mean HU, how much the mean differs between patients (standard deviation), and the
 # texture's standard deviation, coarse and fine. Means: Buzug, Computed Tomography (2008), table
 # of HU; for cortical and spongy bone, urine and blood with contrast medium the ranges of
@@ -47,18 +51,18 @@ HU = {
     Tissue.CORTEX: (750, 60, 60, 0),
     Tissue.MARROW: (185, 30, 40, 45),
     Tissue.URINE: (6, 4, 0, 0),
-    Tissue.GLAND: (56, 6, 8, 4),
+    Tissue.GLAND: (60, 6, 8, 4),
     Tissue.VESSEL: (95, 30, 0, 0),
     Tissue.BOWEL_WALL: (46, 5, 5, 0),
     Tissue.BOWEL_FLUID: (15, 6, 6, 0),
-    Tissue.BOWEL_STOOL: (20, 15, 70, 50),
+    Tissue.BOWEL_STOOL: (34, 14, 42, 26),
     Tissue.BOWEL_GAS: (-900, 0, 0, 0),
-    Tissue.RECTAL_WALL: (42, 4, 5, 0),
-    Tissue.RECTAL_FLUID: (15, 6, 6, 0),
-    Tissue.RECTAL_STOOL: (15, 15, 70, 50),
+    Tissue.RECTAL_WALL: (42, 3, 6, 0),
+    Tissue.RECTAL_FLUID: (22, 8, 10, 0),
+    Tissue.RECTAL_STOOL: (40, 14, 40, 26),
     Tissue.RECTAL_GAS: (-900, 0, 0, 0),
-    Tissue.TUMOUR: (62, 4, 7, 4),
-    Tissue.TABLE: (150, 0, 0, 0),
+    Tissue.TUMOUR: (65, 3, 7, 4),
+    Tissue.TABLE: (350, 0, 0, 0),
 }
 
 
@@ -201,6 +205,8 @@ def paint(shapes: Iterable[Shape], pixel: float) -> NDArray[np.uint8]:
     canvas = np.zeros((side, side), dtype=np.uint8)
     scale = SUBSAMPLES / pixel
     for tissue, points, width, closed in shapes:
+        if not len(points):
+            continue
         place = np.round((points * scale + (side - 1) / 2) * (1 << SHIFT)).astype(np.int32)
         if width:
             thickness = max(1, round(width * scale))
@@ -218,6 +224,7 @@ def _tissue_values(generator):
     rows = np.zeros((256, 3), dtype=np.float32)
     for tissue, (mean, spread, coarse, fine) in HU.items():
         rows[tissue] = mean + spread * np.clip(generator.standard_normal(), -1.5, 1.5), coarse, fine
+    rows[list(ENHANCING), 0] += generator.uniform(-ENHANCEMENT, ENHANCEMENT)
     return np.ascontiguousarray(rows.T)
 
 

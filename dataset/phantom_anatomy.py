@@ -1,102 +1,15 @@
-"""A pelvis drawn at random and cut at any height: skin, fat, muscle, bones, organs, bowel.
+"""A patient cut at any height: outlines of skin, fat, muscle, bones, organs, bowel and rectum.
 
-dataset/phantom.py paints the outlines; positions are those of an adult lying on the back.
+phantom paints them; positions are those of an adult lying on the back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from dataset.phantom_rectum import Rectum, draw_rectum
-from dataset.phantom_shapes import Shape, Tissue, bezier, plate, rim, ring, waves
-
-HEAD_RADIUS = 23.0  # mm, an adult's femoral head
-SIDES = (-1, 1)  # the patient's right and left
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop of bowel: an ellipsoid at (x, y, z) with radii and contents; tilt in radians."""
-
-    centre: NDArray[np.float64]
-    radii: NDArray[np.float64]
-    tilt: float
-    wall: float
-    contents: Tissue
-    gas: float
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """One patient: sizes in mm, heights above the centre of the femoral heads.
-
-    half_size (2,) of the body; fat, its thickness under the skin; plane, the width of fat
-    between muscles; bladder (x, y, z, and three radii); phases (40, 4), the unevenness of each
-    structure; jitter (60, 2), its displacement in [-1, 1]; vessel_radii (8,); scale (2,), turn
-    (radians) and shift (2,), the patient's size and position on the table.
-    """
-
-    female: bool
-    half_size: NDArray[np.float64]
-    fat: float
-    plane: float
-    bladder: NDArray[np.float64]
-    sacrum_y: float
-    loops: tuple[Loop, ...]
-    rectum: Rectum
-    phases: NDArray[np.float64]
-    jitter: NDArray[np.float64]
-    scale: NDArray[np.float64]
-    turn: float
-    shift: NDArray[np.float64]
-
-    def uneven(self, row: int, z: float, amplitude: float = 0.05) -> NDArray[np.float64]:
-        """Relative radius (72,) of structure number row's rim at height z."""
-        return waves(amplitude, self.phases[row % len(self.phases)], z / 25)
-
-    def near(self, row: int, point: tuple[float, float], reach: float) -> NDArray[np.float64]:
-        """The point (2,), displaced by up to reach mm as drawn for structure number row."""
-        return np.asarray(point) + reach * self.jitter[row % len(self.jitter)]
-
-
-def draw_anatomy(generator: np.random.Generator, levels: NDArray[np.float64]) -> Anatomy:
-    """A patient drawn at random; levels (S,) mm are the heights that will be cut."""
-    uniform = generator.uniform
-    fat = uniform(8, 24)
-    return Anatomy(
-        female=bool(generator.integers(2)),
-        half_size=np.array([uniform(146, 154) + 0.5 * fat, uniform(90, 98) + 0.6 * fat]),
-        fat=fat,
-        plane=uniform(1.0, 3.5),
-        bladder=np.concatenate(
-            [uniform((-8, -40, -8), (8, -30, 8)), uniform((24, 18, 22), (38, 28, 38))]
-        ),
-        sacrum_y=uniform(70, 76),
-        loops=tuple(_draw_loop(generator) for _ in range(generator.integers(7, 13))),
-        rectum=draw_rectum(generator, levels),
-        phases=uniform(0, 2 * np.pi, (40, 4)),
-        jitter=uniform(-1, 1, (60, 2)),
-        scale=uniform(0.93, 1.04) * uniform(0.97, 1.03, 2),
-        turn=uniform(-0.1, 0.1),
-        shift=uniform((-8, -10), (8, 10)),
-    )
-
-
-def _draw_loop(generator: np.random.Generator) -> Loop:
-    """A loop of small or sigmoid bowel above or beside the bladder."""
-    uniform = generator.uniform
-    contents = [Tissue.BOWEL_FLUID, Tissue.BOWEL_STOOL, Tissue.BOWEL_STOOL, Tissue.BOWEL_WALL]
-    return Loop(
-        centre=uniform((-42, -62, 0), (42, 0, 65)),
-        radii=uniform((10, 9, 10), (24, 16, 30)),
-        tilt=uniform(-1.2, 1.2),
-        wall=uniform(2, 4),
-        contents=Tissue(int(generator.choice(contents))),
-        gas=uniform(-0.4, 1.0),
-    )
+from dataset.phantom_bones import hips, sacrum, sacrum_centre, sacrum_size
+from dataset.phantom_patient import SIDES, Anatomy
+from dataset.phantom_shapes import Shape, Tissue, bezier, front_part, plate, ring
 
 
 def cut(anatomy: Anatomy, z: float) -> list[Shape]:
@@ -105,12 +18,12 @@ def cut(anatomy: Anatomy, z: float) -> list[Shape]:
         *_outside(anatomy, z),
         *_cavity(anatomy, z),
         *_muscles(anatomy, z),
-        *_hips(anatomy, z),
-        *_sacrum(anatomy, z),
+        *hips(anatomy, z),
+        *sacrum(anatomy, z),
         *_vessels(anatomy, z),
+        *_mesorectum(anatomy, z),
         *_bowel(anatomy, z),
         *_organs(anatomy, z),
-        *_mesorectum(anatomy, z),
         *anatomy.rectum.shapes(z, rectum_centre(anatomy, z)),
     ]
     cos, sin = np.cos(anatomy.turn), np.sin(anatomy.turn)
@@ -128,27 +41,16 @@ def table(anatomy: Anatomy) -> list[Shape]:
     shell = np.stack([x, back - 24 * (x / 150) ** 2], axis=1)
     channel = np.array([[-48.0, back + 34], [48.0, back + 34]])
     return [
-        Shape(Tissue.TABLE, shell, 2.0, closed=False),
-        Shape(Tissue.TABLE, channel + anatomy.shift[0] / 2, 1.5, closed=False),
+        Shape(Tissue.TABLE, shell, 2.6, closed=False),
+        Shape(Tissue.TABLE, channel + anatomy.shift[0] / 2, 2.0, closed=False),
     ]
 
 
-def sacrum_size(anatomy: Anatomy, z: float) -> NDArray[np.float64]:
-    """Half width and half depth (2,) mm of the sacrum, or below it of the coccyx."""
-    rise = np.clip((z - 2) / 55, 0, 1)
-    return np.array([8 + 44 * rise**0.8, 5.5 + 9 * rise])
-
-
-def sacrum_centre(anatomy: Anatomy, z: float) -> NDArray[np.float64]:
-    """Centre (2,) mm of the sacrum or coccyx: its curve is hollow towards the rectum."""
-    return np.array([0.0, anatomy.sacrum_y - 0.011 * (z - 22) ** 2])
-
-
-def rectum_centre(anatomy: Anatomy, z: float) -> NDArray[np.float64]:
+def rectum_centre(anatomy: Anatomy, z: float) -> np.ndarray:
     """Centre (2,) mm of the rectum, in the hollow of the sacrum."""
     rectum = anatomy.rectum
     front = sacrum_centre(anatomy, z)[1] - sacrum_size(anatomy, z)[1]
-    gap = 7 + 4 * anatomy.jitter[0, 0] + max(z - 10, 0) * 0.12
+    gap = 1.5 + anatomy.mesorectum + max(z - 10, 0) * 0.1
     return np.array([rectum.aside(z), front - gap - rectum.size(z) * rectum.stretch[1]])
 
 
@@ -235,76 +137,6 @@ def _front_muscles(anatomy: Anatomy, z: float) -> list[Shape]:
     return strokes
 
 
-def _hips(anatomy: Anatomy, z: float) -> list[Shape]:
-    """Femoral heads and trochanters, hip sockets, and above them the wings of the ilium."""
-    strokes = []
-    for side in SIDES:
-        head = anatomy.near(30 + side, (side * 86, -18), 3)
-        level = z + 4 * anatomy.jitter[33, 0] * side
-        if level > HEAD_RADIUS - 2:
-            strokes += _ilium(side, level)
-            continue
-        if level > -30:
-            strokes += _socket(head, side, level)
-        radius = np.sqrt(max(HEAD_RADIUS**2 - level**2, 0))
-        if radius > 4:
-            strokes += _bone(ring(head, (radius, radius)), 1.6)
-        if level < 8:
-            size = np.array([13, 17]) * np.clip((12 - level) / 16, 0.3, 1.0)
-            outline = ring(head + (side * 42, 20), size, tilt=0.5 * side)
-            strokes += _bone(outline, 1.6)
-        if level < -6:
-            neck = plate([head + (side * 8, 2), head + (side * 36, 16)], (22, 20))
-            strokes += [*_bone(neck, 1.6), Shape(Tissue.MARROW, ring(head, (13, 13)))]
-        if level < -14:
-            ramus = bezier(head + (-side * 20, -22), (side * 45, -56), (side * 6, -58))
-            strokes += _bone(plate(ramus, 12.0), 2.0)
-    return strokes
-
-
-def _socket(head: NDArray[np.float64], side: int, level: float) -> list[Shape]:
-    """The socket around a femoral head: a horseshoe open to the side, thick at its ends."""
-    angles = np.linspace(-1.75, 1.9, 24)  # radians from medial, positive towards posterior
-    inside = np.sqrt(max(HEAD_RADIUS**2 - (0.8 * level) ** 2, 64)) + 4.5
-    spine = 13 * np.exp(-(((angles - 0.95) / 0.45) ** 2))  # the ischial spine and column
-    front = 8 * np.exp(-(((angles + 1.1) / 0.4) ** 2))
-    outside = inside + 5 + spine + front
-    ray = np.stack([-side * np.cos(angles), np.sin(angles)], axis=1)
-    outline = np.concatenate([head + inside * ray, (head + outside[:, None] * ray)[::-1]])
-    return _bone(outline, 2.2)
-
-
-def _ilium(side: int, level: float) -> list[Shape]:
-    """The wing of the ilium, longer the higher it is cut."""
-    reach = np.clip((level - 20) / 40, 0, 1)
-    front = np.array([side * (98 + 10 * reach), -30 - 22 * reach])
-    rear = np.array([side * (66 - 12 * reach), 22 + 38 * reach])
-    path = bezier(front, (side * (76 + 8 * reach), -4), rear)
-    thickness = np.linspace(19, 13, len(path)) - 4 * reach
-    thickness *= np.sin(np.linspace(0.35, np.pi - 0.35, len(path))) ** 0.4  # rounded ends
-    return _bone(plate(path, thickness), 2.4)
-
-
-def _bone(outline: NDArray[np.float64], cortex: float) -> list[Shape]:
-    """Spongy bone with a cortex of so many mm."""
-    return [Shape(Tissue.MARROW, outline), Shape(Tissue.CORTEX, outline, cortex)]
-
-
-def _sacrum(anatomy: Anatomy, z: float) -> list[Shape]:
-    """Sacrum or coccyx, with the nerves' foramina where it is wide."""
-    centre, (wide, deep) = sacrum_centre(anatomy, z), sacrum_size(anatomy, z)
-    outline = ring(centre, (wide, deep), wobble=anatomy.uneven(2, z, 0.06), power=2.2)
-    hollow = np.exp(-((outline[:, 0] / (0.6 * wide)) ** 2)) * (outline[:, 1] < centre[1])
-    outline[:, 1] += 0.3 * deep * hollow
-    strokes = _bone(outline, 1.8)
-    if wide > 24:
-        for side in SIDES:
-            foramen = centre + (side * 0.42 * wide, -0.15 * deep)
-            strokes.append(Shape(Tissue.DEEP_FAT, ring(foramen, (3.5, 3))))
-            strokes.append(Shape(Tissue.MUSCLE, ring(foramen, (1.8, 1.6))))
-    return strokes
-
-
 def _vessels(anatomy: Anatomy, z: float) -> list[Shape]:
     """External iliac or femoral vessels in front, branches of the internal iliac behind."""
     deep = anatomy.half_size[1] - anatomy.fat
@@ -327,7 +159,8 @@ def _vessels(anatomy: Anatomy, z: float) -> list[Shape]:
 def _organs(anatomy: Anatomy, z: float) -> list[Shape]:
     """Bladder, and behind it prostate and seminal vesicles or uterus and vagina."""
     x, y, level, *radii = anatomy.bladder
-    limit = rectum_centre(anatomy, z)[1] - 1.15 * anatomy.rectum.size(z)
+    front = anatomy.rectum.size(z) * anatomy.rectum.stretch[1] + 0.7 * anatomy.mesorectum
+    limit = rectum_centre(anatomy, z)[1] - front
     strokes = []
     if anatomy.female:
         womb = np.sqrt(max(1 - ((z - 26) / 24) ** 2, 0))
@@ -372,14 +205,11 @@ def _bowel(anatomy: Anatomy, z: float) -> list[Shape]:
         outer = ring(loop.centre[:2], size, wobble=rim_, tilt=loop.tilt)
         inner = ring(loop.centre[:2], np.maximum(size - loop.wall, 1), wobble=rim_, tilt=loop.tilt)
         around = ring(loop.centre[:2], size + 1.5, wobble=rim_, tilt=loop.tilt)
-        top, bottom = inner[:, 1].min(), inner[:, 1].max()
-        surface = top + np.clip(loop.gas, 0, 1) * (bottom - top)
-        gas = np.stack([inner[:, 0], np.minimum(inner[:, 1], surface)], axis=1)
         strokes += [
             Shape(Tissue.DEEP_FAT, around),
             Shape(Tissue.BOWEL_WALL, outer),
             Shape(loop.contents, inner),
-            Shape(Tissue.BOWEL_GAS, gas),
+            Shape(Tissue.BOWEL_GAS, front_part(inner, loop.gas)),
         ]
     return strokes
 
@@ -387,17 +217,17 @@ def _bowel(anatomy: Anatomy, z: float) -> list[Shape]:
 def _mesorectum(anatomy: Anatomy, z: float) -> list[Shape]:
     """The rectum's fat with small vessels and nodes, and the sling of the pelvic floor."""
     centre, radius = rectum_centre(anatomy, z), anatomy.rectum.size(z)
-    reach = np.array([radius + 9, radius + 5]) * anatomy.rectum.stretch
+    reach = radius * anatomy.rectum.stretch + anatomy.mesorectum
     strokes = [Shape(Tissue.DEEP_FAT, ring(centre, reach, wobble=anatomy.uneven(30, z)))]
     if z < 4:
-        sling = ring(centre + (0, 2), reach + 1)
+        sling = ring(centre + (0, 1), reach + 1)
         rear = sling[(sling[:, 1] > centre[1] - 6)]
         rear = rear[np.argsort(np.arctan2(rear[:, 0] - centre[0], rear[:, 1] - centre[1]))]
         strokes.append(Shape(Tissue.MUSCLE, rear, 3.5, closed=False))
     for number in range(7):
         drift = anatomy.jitter[50 + number]
         angle = np.pi * (drift[0] + 0.2 * np.sin(z / 20 + number))
-        place = centre + (reach - 4) * (np.cos(angle), np.sin(angle))
+        place = centre + (reach - 2) * (np.cos(angle), np.sin(angle))
         size = 1.2 + 1.4 * abs(drift[1])
         strokes.append(Shape(Tissue.VESSEL, ring(place, (size, size))))
     return strokes

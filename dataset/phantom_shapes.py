@@ -117,3 +117,14 @@ def bezier(start: ArrayLike, bend: ArrayLike, end: ArrayLike) -> NDArray[np.floa
     t = np.linspace(0, 1, 12)[:, None]
     start, bend, end = (np.asarray(point, dtype=float) for point in (start, bend, end))
     return (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
+
+
+def front_part(outline: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Outline of what lies in front of a level surface, as gas over fluid does.
+
+    outline (n, 2) mm; share of its height, front to back, taken. Returns (m, 2) mm with m = 0
+    where less than a sliver is left.
+    """
+    top, bottom = outline[:, 1].min(), outline[:, 1].max()
+    kept = outline[outline[:, 1] < top + share * (bottom - top)]
+    return kept if len(kept) > 3 else kept[:0]
