@@ -67,11 +67,12 @@ def split_slices(
     if any(case["split"] == "val" for case in store.cases):
         return store.slices(split)
     training = store.slices("train")
-    held_out = _held_out({store.cases[n]["id"] for n, _ in training}, seed, val_fraction)
+    held_out = held_out_cases({store.cases[n]["id"] for n, _ in training}, seed, val_fraction)
     return [s for s in training if (store.cases[s[0]]["id"] in held_out) == (split == "val")]
 
 
-def _held_out(case_ids: set[str], seed: int, fraction: float) -> set[str]:
+def held_out_cases(case_ids: set[str], seed: int, fraction: float) -> set[str]:
+    """Cases to validate on, drawn by seed; none of fewer than four, at least two stay behind."""
     number = round(len(case_ids) * fraction)
     if number < 1 or len(case_ids) < 4 or len(case_ids) - number < 2:
         return set()

@@ -76,8 +76,8 @@ def write_case(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.nda
     if len(entry.get("slices", ())) != len(image):
         raise ValueError(f"case {file}: {len(image)} slices need as many names")
     (folder / "cases").mkdir(parents=True, exist_ok=True)
-    _save(folder / "cases" / f"{file}.image.npy", image)
-    _save(folder / "cases" / f"{file}.mask.npy", mask)
+    save_array(folder / "cases" / f"{file}.image.npy", image)
+    save_array(folder / "cases" / f"{file}.mask.npy", mask)
     num_labels = int(mask.max(initial=0)) + 1
     pixels = [np.bincount(plane.ravel(), minlength=num_labels).tolist() for plane in mask]
     blank = {"spacing": None, "affine": None, "listed": None}
@@ -142,14 +142,7 @@ def check_index(index: object, where: str) -> None:
         raise ValueError(
             f"{where}: slice store format {FORMAT} wanted, found {found!r}; prepare it again"
         )
-    classes = index.get("classes")
-    if not isinstance(classes, list) or not 2 <= len(classes) <= 256:
-        raise ValueError(f"{where}: a class table of 2 to 256 classes is wanted")
-    for number, row in enumerate(classes):
-        if not (
-            isinstance(row, dict) and row.get("id") == number and isinstance(row.get("name"), str)
-        ):
-            raise ValueError(f"{where}: class {number} must be {{'id': {number}, 'name': ...}}")
+    classes = check_classes(index.get("classes"), where)
     if not isinstance(index.get("cases"), list):
         raise ValueError(f"{where}: no list of cases")
     files = set()
@@ -158,6 +151,18 @@ def check_index(index: object, where: str) -> None:
         if case["file"] in files:
             raise ValueError(f"{where}: two cases named {case['file']!r}")
         files.add(case["file"])
+
+
+def check_classes(classes: object, where: str) -> list[Entry]:
+    """`classes` itself if it is a class table: rows {id, name, ...} with the ids 0, 1, 2, ..."""
+    if not isinstance(classes, list) or not 2 <= len(classes) <= 256:
+        raise ValueError(f"{where}: a class table of 2 to 256 classes is wanted")
+    for number, row in enumerate(classes):
+        if not (
+            isinstance(row, dict) and row.get("id") == number and isinstance(row.get("name"), str)
+        ):
+            raise ValueError(f"{where}: class {number} must be {{'id': {number}, 'name': ...}}")
+    return classes
 
 
 def _check_case(case: object, where: str, num_classes: int) -> None:
@@ -199,7 +204,8 @@ def _is_spacing(value: object) -> bool:
     return numbers and len(value) == 3 and all(0 < n < math.inf for n in value)
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an npy file; it appears under its name only when it is complete."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with scratch.open("wb") as stream:
         np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
@@ -278,7 +284,7 @@ class SliceStore:
             return self._maps[case_number]
         case = self.cases[case_number]
         stem, shape = self.folder / "cases" / case["file"], tuple(case["shape"])
-        arrays = _map(Path(f"{stem}.image.npy"), shape), _map(Path(f"{stem}.mask.npy"), shape)
+        arrays = tuple(map_array(Path(f"{stem}.{name}.npy"), shape) for name in ("image", "mask"))
         self._maps[case_number] = arrays
         if len(self._maps) > MAX_OPEN_CASES:
             self._maps.popitem(last=False)
@@ -288,7 +294,11 @@ class SliceStore:
         return {**self.__dict__, "_maps": OrderedDict()}
 
 
-def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def map_array(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
+    """The array of an npy file, memory-mapped and read-only, once its header is what is wanted.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is named by the index but missing; prepare the store again"
@@ -296,13 +306,12 @@ def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     with path.open("rb") as stream:
         head = stream.read(HEADER_BYTES)
     try:
-        found, fortran, dtype, offset = npy_header(head)
+        found, fortran, stored, offset = npy_header(head)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if found != shape or fortran or dtype != np.uint8:
-        raise ValueError(f"{path}: uint8 {shape} wanted, found {dtype} {found}")
-    if path.stat().st_size != offset + math.prod(shape):
-        raise ValueError(
-            f"{path}: {offset + math.prod(shape)} bytes wanted, found {path.stat().st_size}"
-        )
+    if found != shape or fortran or stored != np.dtype(dtype):
+        raise ValueError(f"{path}: {dtype} {shape} wanted, found {stored} {found}")
+    size = offset + math.prod(shape) * stored.itemsize
+    if path.stat().st_size != size:
+        raise ValueError(f"{path}: {size} bytes wanted, found {path.stat().st_size}")
     return np.load(path, mmap_mode="r", allow_pickle=False)
