@@ -3,6 +3,7 @@
     python u-sam.py --epochs 100 --batch_size 24 --dataset rectum
     torchrun --nproc_per_node=8 u-sam.py --num_workers 4 --epochs 100 --batch_size 24
     python u-sam.py --dataset rectum --eval --resume chkpt/best.pth
+    python u-sam.py --predict SCAN.nii.gz --resume chkpt/best.pth --output_dir predictions
     python u-sam.py --dataset phantom --sam_weight none --img_size 112    (no data, no weights)
 
 Reads top to bottom: flags, what a run is made of, training, evaluation.
@@ -13,13 +14,17 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from dataset import DATASETS, SliceDataset, build_dataset
+from dataset.scan_slices import ScanSlices, find_scans, output_names
+from dataset.scans import parse_window
 from dataset.transforms import augment
 from usam import checkpoint, distributed, engine, report, weights
 from usam.engine import Precision
@@ -27,7 +32,9 @@ from usam.flags import parse_flags, settle
 from usam.job import Job, Summary
 from usam.metrics import rank_score
 from usam.model import USam, build_usam
+from usam.predict import Predictor, predict_scans
 from usam.run_folder import RunFolder, run_state
+from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
 from usam.schedule import warmup_length
 
 BAD_INPUT = 2  # exit code
@@ -45,7 +52,10 @@ def main(args: Namespace) -> None:
 
 
 def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
-    """U-SAM on slices: data, model, then training or evaluation."""
+    """U-SAM on slices: data, model, then training or evaluation; or prediction, without data."""
+    if args.predict:
+        predict_slices(args, precision, saved)
+        return
     with distributed.main_process_first():
         splits = ("test",) if args.eval else ("train", "val")
         data = {split: load_split(args, split) for split in splits}
@@ -258,6 +268,47 @@ def evaluate(
         transpose=data.info["orientation"] == "stored",
     )  # fmt: skip
     print(f"scores: {metrics}\noverlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def predict_slices(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
+    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
+    data, scans = saved["data"], find_scans(args.predict)
+    model = build_usam(args.sam_model, len(data["classes"]), args.img_size)
+    checkpoint.load_model_state(model, saved["model"], args.resume)
+    predictor = Predictor(
+        model.to(precision.device), precision, data, prompt_mode=args.prompt_mode,
+        points_are_row_col=weights.points_are_row_col(saved), batch_size=args.batch_size,
+        threads=args.num_workers, probabilities=args.probabilities, overlay=args.overlay,
+        largest_component=args.largest_component,
+    )  # fmt: skip
+    window = parse_window(args.window) if args.window else None
+    named = list(zip(scans, output_names(scans), strict=True))
+    failed = predict_scans(
+        named[distributed.rank() :: distributed.world_size()], args.output_dir, predictor,
+        open_scan=partial(ScanSlices, data=data, window=window, channel=args.channel),
+        prompts_for=prompts_of(args, len(scans)),
+        facts={"checkpoint": str(args.resume), "model": f"u-sam {args.sam_model}"},
+    )  # fmt: skip
+    if len(scans) == 1 and failed:
+        raise failed[0][1]
+    number = int(distributed.reduce_sum(torch.tensor(len(failed), device=precision.device)))
+    if number:
+        raise ValueError(f"{number} of {len(scans)} scans were not segmented, see above")
+
+
+def prompts_of(args: Namespace, num_scans: int) -> Callable[[Path], ScanPrompts]:
+    """What gives the prompts of a scan: the flags, or the JSON file they name."""
+    if args.prompts:
+        return lambda path: read_prompts(args.prompts, path.name)
+    given = prompts_from_flags(args.point, args.box, args.slice, mm=args.mm)
+    if given and num_scans > 1:
+        raise ValueError(
+            f"--box and --point mark one scan, --predict names {num_scans}; use --prompts FILE"
+        )
+    return lambda path: given
 
 
 if __name__ == "__main__":

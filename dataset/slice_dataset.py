@@ -128,6 +128,7 @@ class SliceDataset(Dataset):
             "spacing": index.get("spacing"),
             "clahe": self.clahe,
             "crop": self.crop,
+            "body_crop": bool(index.get("body_crop", False)),
             "digest": self.store.digest,
         }
 

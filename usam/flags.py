@@ -106,6 +106,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         help="mixed precision (auto: what the device is fast at)")  # fmt: skip
     run("--world_size", type=positive, default=1, help="processes, where srun starts them (1)")
     run("--dist_url", default="env://", help="tcp://host:port where those meet")
+    add_prediction_flags(parser)
     args = parser.parse_args(arguments)
     if not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
@@ -113,7 +114,53 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
     if args.eval and not args.resume:
         parser.error("--eval needs --resume, the checkpoint to evaluate")
+    check_prediction_flags(parser, args)
     return args
+
+
+def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of --predict."""
+    group = parser.add_argument_group("prediction")
+    flag = group.add_argument
+    flag("--predict", nargs="+", type=Path, metavar="PATH",
+        help="segment scans: NIfTI, NRRD, npz, DICOM series folders, folders of scans")  # fmt: skip
+    flag("--window", nargs="+", metavar="W",
+        help="LOW HIGH (HU), percentile or a preset, instead of the checkpoint's")  # fmt: skip
+    flag("--channel", type=count, help="which of several volumes in a file, from 0")
+    flag("--box", nargs=4, type=float, action="append", metavar=("X1", "Y1", "X2", "Y2"),
+        help="box on --slice, first to last voxel; repeatable")  # fmt: skip
+    flag("--slice", type=count, action="append", metavar="K",
+        help="the slice of a --box, from 0, one for each box")  # fmt: skip
+    flag("--point", nargs="+", type=float, action="append", metavar="V",
+        help="x y z [label]: voxel from 0, label 1 object or 0 not; repeatable")  # fmt: skip
+    flag("--mm", action="store_true", help="--point is in scanner millimetres (RAS)")
+    flag("--prompts", type=Path, metavar="FILE", help="boxes and points as JSON, also for many")
+    flag("--probabilities", action="store_true", help="also a 4D NIfTI of class probabilities")
+    flag("--overlay", action="store_true", help="also a PNG of the slices with most foreground")
+    flag("--largest_component", action="store_true", help="keep the largest piece of each class")
+
+
+def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with one line where the flags of --predict do not fit together."""
+    if args.predict:
+        if not args.resume:
+            parser.error("--predict needs --resume, the checkpoint to predict with")
+        if args.eval:
+            parser.error("--predict and --eval are two runs; give one of them")
+    marks = {"box": args.box, "slice": args.slice, "point": args.point, "prompts": args.prompts}
+    given = [name for name, value in marks.items() if value is not None]
+    rest = ["window", "channel", "mm", "probabilities", "overlay", "largest_component"]
+    alone = given + [name for name in rest if getattr(args, name) not in (None, False)]
+    if alone and not args.predict:
+        parser.error(f"--{alone[0]} belongs to --predict")
+    if args.prompts and (len(given) > 1 or args.mm):
+        parser.error("--prompts replaces --box, --slice, --point and --mm; give one or the other")
+    if args.slice and len(args.slice) != len(args.box or []):
+        parser.error(f"{len(args.slice)} --slice for {len(args.box or [])} --box; give one each")
+    if any(len(point) not in (3, 4) for point in args.point or []):
+        parser.error("--point wants x y z or x y z label")
+    if args.mm and not args.point:
+        parser.error("--mm says what --point is in; there is none")
 
 
 def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:

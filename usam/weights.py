@@ -272,6 +272,7 @@ def from_published(content: Mapping[str, Any], source: Path) -> dict[str, Any]:
             "window": None,
             "orientation": "stored",
             "spacing": None,
+            "clahe": True,  # as published for CARE
             "prompt_mode": int(flags.get("prompt_mode") or 0),
             "point_order": "row_col",
         },
