@@ -1,0 +1,83 @@
+"""Draws the README's pictures from data the project makes itself.
+
+    python figures/make_figures.py --resume chkpt/phantom/best.pth
+
+phantom.png needs nothing; overlays.png needs the checkpoint of the README's first command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from dataset import build_dataset  # noqa: E402
+from usam import checkpoint, engine, weights  # noqa: E402
+from usam.model import build_usam  # noqa: E402
+from usam.visualize import blend  # noqa: E402
+
+COLUMNS = 4
+
+
+def draw_phantom(path: Path, data_root: Path | None) -> None:
+    """A sheet of phantom test slices, the labels outlined by colour below each."""
+    data = build_dataset("phantom", "test", data_root=data_root)
+    rows = [data[index] for index in data.showcase(COLUMNS)]
+    figure = Figure(figsize=(3 * COLUMNS, 6.4), layout="constrained")
+    axes = figure.subplots(2, COLUMNS)
+    for column, item in enumerate(rows):
+        image, mask = item["image"][0].numpy(), item["mask"].numpy()
+        axes[0, column].imshow(image, cmap="gray")
+        axes[1, column].imshow(blend(image, mask, data.info["colors"]))
+    finish(figure, axes, data.classes, data.info["colors"], path)
+
+
+def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
+    """Test slices of different cases: image, truth and the prediction without prompts."""
+    saved = weights.read_checkpoint(resume)
+    size, classes = saved["data"]["img_size"], saved["data"]["classes"]
+    data = build_dataset("phantom", "test", data_root=data_root, img_size=size)
+    model = build_usam(saved["args"]["sam_model"], num_classes=len(classes), img_size=size)
+    checkpoint.load_model_state(model, saved["model"], resume)
+    loader = [torch.utils.data.default_collate([data[i]]) for i in data.showcase(COLUMNS)]
+    precision = engine.select_precision("off", torch.device("cpu"))
+    shown = engine.predictions(
+        model, loader, prompt_mode=saved["data"]["prompt_mode"], precision=precision
+    )
+    figure = Figure(figsize=(2.6 * COLUMNS, 8.2), layout="constrained")
+    axes = figure.subplots(3, COLUMNS)
+    for column, (batch, mask, _, logits) in enumerate(shown):
+        image = batch["image"][0, 0].numpy()
+        axes[0, column].imshow(image, cmap="gray")
+        for row, labels in ((1, mask[0]), (2, logits[0].argmax(dim=0))):
+            axes[row, column].imshow(blend(image, labels.numpy(), data.info["colors"]))
+    for row, name in enumerate(("image", "truth", "prediction")):
+        axes[row, 0].set_title(name, loc="left", fontsize=10)
+    finish(figure, axes, data.classes, data.info["colors"], path)
+
+
+def finish(figure: Figure, axes, classes: list[str], colors: list[str], path: Path) -> None:
+    """Legend, no axes, and the file."""
+    for axis in axes.flat:
+        axis.set_axis_off()
+    patches = [Patch(color=c, label=n) for n, c in zip(classes[1:], colors[1:], strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    figure.savefig(path, dpi=90)
+    print(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draw the README's pictures.")
+    parser.add_argument("--resume", type=Path, help="checkpoint of the phantom run")
+    parser.add_argument("--data_root", type=Path, help="the phantom's folder (data/phantom)")
+    flags = parser.parse_args()
+    draw_phantom(HERE / "phantom.png", flags.data_root)
+    if flags.resume:
+        draw_overlays(HERE / "overlays.png", flags.resume, flags.data_root)
