@@ -11,14 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from dataset import build_dataset  # noqa: E402
+from dataset import build_dataset, phantom  # noqa: E402
 from usam import checkpoint, engine, weights  # noqa: E402
 from usam.model import build_usam  # noqa: E402
 from usam.visualize import blend  # noqa: E402
@@ -26,17 +28,38 @@ from usam.visualize import blend  # noqa: E402
 COLUMNS = 4
 
 
-def draw_phantom(path: Path, data_root: Path | None) -> None:
-    """A sheet of phantom test slices, the labels outlined by colour below each."""
-    data = build_dataset("phantom", "test", data_root=data_root)
-    rows = [data[index] for index in data.showcase(COLUMNS)]
-    figure = Figure(figsize=(3 * COLUMNS, 6.4), layout="constrained")
-    axes = figure.subplots(2, COLUMNS)
-    for column, item in enumerate(rows):
-        image, mask = item["image"][0].numpy(), item["mask"].numpy()
-        axes[0, column].imshow(image, cmap="gray")
-        axes[1, column].imshow(blend(image, mask, data.info["colors"]))
-    finish(figure, axes, data.classes, data.info["colors"], path)
+def draw_phantom(path: Path, patients: tuple[int, ...] = (10, 11, 4)) -> None:
+    """Slices of some of the phantom's patients, one a row: four from the lowest up, outlined.
+
+    Each row opens with the slice that shows most of the tumour, as a network sees it.
+    """
+    colors = [row["color"] for row in phantom.CLASSES]
+    rows = []
+    for number in patients:
+        _, image, mask = phantom.draw_case("train", number)
+        fullest = int((mask == 2).sum(axis=(1, 2)).argmax())
+        plain = outline(image[fullest], np.zeros_like(mask[fullest]), colors)
+        outlined = [outline(image[k], mask[k], colors) for k in range(1, len(image), 2)]
+        rows.append(np.hstack([plain, *outlined])[28:202])
+    picture = np.vstack(rows)
+    figure = Figure(figsize=(picture.shape[1] / 90, picture.shape[0] / 90 + 0.4))
+    axes = figure.subplots(1, 1, squeeze=False)
+    figure.subplots_adjust(left=0, right=1, bottom=0.4 / figure.get_figheight(), top=1)
+    axes[0, 0].imshow(picture, interpolation="lanczos")
+    finish(figure, axes, [row["name"] for row in phantom.CLASSES], colors, path)
+
+
+def outline(image: np.ndarray, mask: np.ndarray, colors: list[str]) -> np.ndarray:
+    """The slice in grey with every class's inner edge in its colour.
+
+    image, mask uint8 (H, W); colors by class id, background first. Returns float (H, W, 3).
+    """
+    picture = np.repeat(image[..., None] / 255, 3, axis=2)
+    for label, color in enumerate(colors[1:], start=1):
+        inside = np.pad(mask == label, 1)
+        core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+        picture[(mask == label) & ~core] = to_rgb(color)
+    return picture
 
 
 def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
@@ -78,6 +101,6 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=Path, help="checkpoint of the phantom run")
     parser.add_argument("--data_root", type=Path, help="the phantom's folder (data/phantom)")
     flags = parser.parse_args()
-    draw_phantom(HERE / "phantom.png", flags.data_root)
+    draw_phantom(HERE / "phantom.png")
     if flags.resume:
         draw_overlays(HERE / "overlays.png", flags.resume, flags.data_root)
