@@ -46,11 +46,17 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator, as plain types."""
-    numpy_state = np.random.get_state(legacy=False)["state"]
+    numpy_state = np.random.get_state(legacy=False)
+    words_of_numpy = torch.from_numpy(numpy_state["state"]["key"].copy())
     version, words, gauss = random.getstate()
     return {
         "python": [version, list(words), gauss],
-        "numpy": {"key": torch.from_numpy(numpy_state["key"].copy()), "pos": numpy_state["pos"]},
+        "numpy": {
+            "key": words_of_numpy,
+            "pos": numpy_state["state"]["pos"],
+            "has_gauss": numpy_state["has_gauss"],
+            "gauss": numpy_state["gauss"],
+        },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -60,8 +66,12 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     """Set every global random generator to what `random_state` recorded."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"] = {"key": state["numpy"]["key"].numpy(), "pos": state["numpy"]["pos"]}
+    saved = state["numpy"]
+    numpy_state = np.random.get_state(legacy=False) | {
+        "state": {"key": saved["key"].numpy(), "pos": saved["pos"]},
+        "has_gauss": saved["has_gauss"],
+        "gauss": saved["gauss"],
+    }
     np.random.set_state(numpy_state)
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():

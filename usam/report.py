@@ -6,6 +6,7 @@ u-sam.py calls it with the test data after counting; nothing here decides how a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def draw_overlays(
             "truth": mask[0].cpu().numpy(),
             "prediction": logits[0].argmax(dim=0).cpu().numpy(),
         }
-        paths.append(folder / f"{name}.png")
+        file = re.sub(r"[^\w.-]", "_", name)  # an index may name its slices anything
+        paths.append(folder / f"{file}.png")
         save_overlay(
             paths[-1],
             batch["image"][0, 0].numpy(),

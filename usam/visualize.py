@@ -67,8 +67,11 @@ def save_overlay(
         for name, color in zip(classes[1:], colors[1:], strict=True)
         if len(classes) <= 4 or any((mask == classes.index(name)).any() for mask in masks.values())
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False
+    )
+    for text in [*legend.get_texts(), figure.suptitle(title, fontsize=10)]:
+        text.set_parse_math(False)  # names are no formulas
     figure.savefig(path, dpi=110)
 
 
