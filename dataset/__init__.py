@@ -12,8 +12,21 @@ from typing import Any, NamedTuple
 from dataset import phantom, rectum, word
 from dataset.slice_dataset import SliceDataset, split_slices, with_foreground
 from dataset.slices import SliceStore
+from dataset.volume_store import VolumeStore
+from dataset.volumes import VOLUMES, VolumeDataset, build_volumes, open_volumes
 
-__all__ = ["DATASETS", "SliceDataset", "SliceStore", "build_dataset", "open_store"]
+__all__ = [
+    "DATASETS",
+    "VOLUMES",
+    "SliceDataset",
+    "SliceStore",
+    "VolumeDataset",
+    "VolumeStore",
+    "build_dataset",
+    "build_volumes",
+    "open_store",
+    "open_volumes",
+]
 
 
 class Source(NamedTuple):

@@ -61,7 +61,12 @@ class Job:
     @property
     def file(self) -> str:
         """Stem of the case's files below cases/: its id in plain characters."""
-        return re.sub(r"[^\w.-]+", "_", self.case.id, flags=re.ASCII).lstrip(".") or "case"
+        return plain_name(self.case.id)
+
+
+def plain_name(text: str) -> str:
+    """The text with runs of all but letters, digits, dots and dashes as one underscore."""
+    return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).lstrip(".") or "case"
 
 
 def pack_case(job: Job) -> slices.Entry:
@@ -144,12 +149,13 @@ def _key(job: Job) -> str:
     settings = {**asdict(job.options), "split": case.split, "id": case.id, "channel": case.channel}
     digest = hashlib.sha256(f"{PACKING} {json.dumps(settings, sort_keys=True)}".encode())
     for path in (case.image, case.label):
-        for block in _blocks(path):
+        for block in file_blocks(path):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def file_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, or of a folder's files in order of name, with their sizes between."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if not file.is_file():

@@ -8,27 +8,35 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dataset import rectum, slices
 from dataset.packing import Job, Options, pack_case
-from dataset.parallel import default_workers, each_case
+from dataset.parallel import default_workers
 from dataset.scans import WINDOWS, Window, parse_window
 from dataset.slices import SliceStore
-from dataset.sources import LAYOUTS, Source, class_table, find_source
+from dataset.sources import LAYOUTS, Source, find_source
 from dataset.splits import hold_out, split_table, write_json
-from dataset.summary import summary_lines
+from dataset.store_folder import check_names, check_output, classes_seen, pack_all, sweep
+from dataset.summary import left_out_lines, summary_lines, volume_summary_lines
+from dataset.volume_packing import prepare_volumes
+from dataset.volume_sources import find_volumes
 
 EXAMPLES = """examples:
   python -m dataset.prepare word --input WORD-V0.1.0 --output data/WORD
   python -m dataset.prepare nnunet --input nnUNet_raw/Dataset004_Hippocampus --output data/H --window percentile
   python -m dataset.prepare folder --input scans --labels masks --output data/liver --classes liver tumour
+  python -m dataset.prepare volumes --input nnUNet_raw/Dataset017_BTCV --output data/BTCV
 """  # noqa: E501
-CARE_FLAGS = ("source", "input", "output", "folds", "seed", "workers")
+COMMON_FLAGS = {"source", "input", "output", "seed", "workers"}
+FLAGS_OF = {  # of a source, besides; folder has all but --min_volume
+    "care": {"folds"},
+    "volumes": {
+        *("channel", "labels", "classes", "test_fraction", "ignore_label_affine", "min_volume"),
+    },
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,8 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", choices=LAYOUTS, help="layout of --input")
-    parser.add_argument("--input", type=Path, required=True, help="folder of the release")
+    parser.add_argument(
+        "source",
+        choices=(*LAYOUTS, "volumes"),
+        help="layout of --input; volumes (for --model sam-med3d) finds it out",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="folder of the release; volumes: one or more ROOT/CLASS/MODALITY_DATASET too",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the new store")
     parser.add_argument(
         "--window",
@@ -53,8 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--body_crop", action="store_true", help="cut slices to the patient")
     parser.add_argument("--clahe", action="store_true", help="training applies CLAHE (as for CARE)")
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
-    parser.add_argument("--labels", type=Path, help="folder: the labels, --input being the images")
-    parser.add_argument("--classes", nargs="+", help="folder: names of the labels 1, 2, ...")
+    parser.add_argument(
+        "--labels", type=Path, help="folder, volumes: the labels, --input being the images"
+    )
+    parser.add_argument(
+        "--classes", nargs="+", help="folder, volumes: names of the labels 1, 2, ..."
+    )
     parser.add_argument("--folds", type=int, help="write cross-validation folds to splits.json")
     parser.add_argument(
         "--test_fraction",
@@ -66,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ignore_label_affine", action="store_true", help="trust the order of a label's voxels"
     )
+    parser.add_argument(
+        "--min_volume", type=_volume, default=1.0, help="volumes: smallest structure in cm3 (1)"
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     return parser
 
@@ -74,6 +99,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0.01 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not between 0.01 and 100 mm")
+    return value
+
+
+def _volume(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and a million cm3")
     return value
 
 
@@ -88,28 +120,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the command: 0, or 2 with one line a fault on stderr."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if args.source == "care":
-        flags = [flag for flag in vars(args) if flag not in CARE_FLAGS]
-        given = [flag for flag in flags if getattr(args, flag) != parser.get_default(flag)]
-        if given:
-            parser.error(f"care: the release is packed as it is; leave out --{given[0]}")
-    elif args.source != "folder" and (args.labels or args.classes):
-        parser.error("--labels and --classes belong to the source folder")
+    _check_flags(parser, args)
     try:
-        if args.source == "care":
-            index, left_out = prepare_care(args.input, args.output), []
-            table = split_table(_places(index), folds=args.folds, seed=args.seed)
-            write_json(args.output / "splits.json", table)
-        else:
-            index, left_out = _prepare_from_flags(args)
+        lines = _summary_from_flags(args)
     except (ValueError, OSError) as error:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: stopped; run it again to go on, finished cases are kept", file=sys.stderr)
         return 130
-    print("\n".join(summary_lines(index, left_out)))
+    print("\n".join(lines))
     return 0
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with a usage line where a flag does nothing for the source."""
+    given = [flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)]
+    if args.source in FLAGS_OF:
+        useless = [f for f in given if f not in COMMON_FLAGS | FLAGS_OF[args.source]]
+        if useless:
+            as_it_is = "the release is packed as it is; " if args.source == "care" else ""
+            parser.error(f"{args.source}: {as_it_is}leave out --{useless[0]}")
+        return
+    if args.source != "folder" and (args.labels or args.classes):
+        parser.error("--labels and --classes belong to the sources folder and volumes")
+    if "min_volume" in given:
+        parser.error("--min_volume belongs to the source volumes")
+
+
+def _summary_from_flags(args: argparse.Namespace) -> list[str]:
+    """Prepares what the flags ask for; lines that say what came out."""
+    if args.source == "volumes":
+        source = find_volumes(
+            args.input, labels=args.labels, channel=args.channel, classes=args.classes
+        )
+        index = prepare_volumes(
+            source,
+            args.output,
+            min_volume=args.min_volume,
+            ignore_label_affine=args.ignore_label_affine,
+            test_fraction=args.test_fraction,
+            seed=args.seed,
+            workers=args.workers,
+        )
+        return volume_summary_lines(index, left_out_lines(source))
+    if len(args.input) > 1:
+        raise ValueError(f"{args.source}: one folder in --input wanted, found {len(args.input)}")
+    args.input = args.input[0]
+    if args.source == "care":
+        index = prepare_care(args.input, args.output)
+        table = split_table(_places(index), folds=args.folds, seed=args.seed)
+        write_json(args.output / "splits.json", table)
+        return summary_lines(index)
+    return summary_lines(*_prepare_from_flags(args))
 
 
 def _prepare_from_flags(args: argparse.Namespace) -> tuple[slices.Entry, list[str]]:
@@ -136,7 +199,7 @@ def prepare_care(release: Path, output: Path) -> slices.Entry:
     splits = rectum.find_splits(release)
     digest = rectum.source_digest(release, splits)
     if not _holds(output, digest):
-        _check_output(output)
+        check_output(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         rectum.pack(splits, output, digest)
     return SliceStore(output).index
@@ -163,7 +226,7 @@ def prepare_scans(
     """
     source = _with_test_cases(source, test_fraction, seed)
     table = split_table([(case.id, case.split) for case in source.cases], folds=folds, seed=seed)
-    _check_output(output)
+    check_output(output)
     options = Options(
         window=window,
         spacing=spacing,
@@ -172,12 +235,12 @@ def prepare_scans(
         ignore_label_affine=ignore_label_affine,
     )
     jobs = [Job(case, output, options) for case in source.cases]
-    _check_names(jobs)
-    _sweep(output)
-    entries = _packed(jobs, workers)
+    check_names(jobs)
+    sweep(output)
+    entries = pack_all(pack_case, jobs, workers)
     index = {
         "dataset": source.name,
-        "classes": source.classes or _classes_seen(entries),
+        "classes": source.classes or classes_seen(entries),
         "window": list(window) if isinstance(window, tuple) else window,
         "orientation": "LPS",
         "spacing": spacing,
@@ -190,41 +253,11 @@ def prepare_scans(
     }
     write_json(output / "splits.json", table)
     slices.write_index(output, index)
-    return SliceStore(output).index, _left_out(source)
-
-
-def _left_out(source: Source) -> list[str]:
-    """Lines on the scans that could not be paired."""
-    kinds = {
-        "images without a label": source.unlabelled,
-        "labels without an image": source.unmatched,
-    }
-    return [
-        f"left out: {len(paths)} {kind}, first {paths[0].name}"
-        for kind, paths in kinds.items()
-        if paths
-    ]
+    return SliceStore(output).index, left_out_lines(source)
 
 
 def _places(index: slices.Entry) -> list[tuple[str, str]]:
     return [(case["id"], case["split"]) for case in index["cases"]]
-
-
-def _packed(jobs: list[Job], workers: int) -> list[slices.Entry]:
-    """Entries of all cases in order of file name; every case is tried before any fault is told."""
-    entries, faults = [], []
-    for job, result in each_case(pack_case, jobs, workers=workers, title="preparing"):
-        if isinstance(result, Exception):
-            faults.append((job.file, str(result)))
-        else:
-            entries.append(result)
-    if faults:
-        lines = "\n".join(f"  {text}" for _, text in sorted(faults))
-        raise ValueError(
-            f"{len(faults)} of {len(jobs)} cases cannot be packed; mend or remove them and run"
-            f" again, finished cases are kept:\n{lines}"
-        )
-    return sorted(entries, key=lambda entry: entry["file"])
 
 
 def _with_test_cases(source: Source, fraction: float, seed: int) -> Source:
@@ -238,54 +271,11 @@ def _with_test_cases(source: Source, fraction: float, seed: int) -> Source:
     return replace(source, cases=cases)
 
 
-def _check_names(jobs: list[Job]) -> None:
-    if not jobs:
-        raise FileNotFoundError("no case has both an image and a label")
-    for kind, names in (
-        ("id", [job.case.id for job in jobs]),
-        ("file", [job.file for job in jobs]),
-    ):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            first = [job for job in jobs if twice[0] in (job.case.id, job.file)][:2]
-            places = " and ".join(str(job.case.image) for job in first)
-            raise ValueError(f"two cases of one {kind} {twice[0]!r}: {places}")
-
-
 def _holds(output: Path, digest: str) -> bool:
     try:
         return SliceStore(output).index.get("source") == digest
     except (ValueError, OSError):
         return False
-
-
-def _check_output(output: Path) -> None:
-    """Raises ValueError for a folder that holds anything but a store, begun or finished."""
-    ours = {"cases", "index.json", "splits.json"}
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: is not a folder; choose another --output")
-    others = [path.name for path in output.iterdir()] if output.is_dir() else []
-    others = [name for name in others if name not in ours and not name.startswith(".")]
-    if others:
-        raise ValueError(f"{output}: holds other things ({others[0]}); choose another --output")
-
-
-def _sweep(output: Path) -> None:
-    """Takes away what a killed run left half written, and the index until the end."""
-    (output / "cases").mkdir(parents=True, exist_ok=True)
-    (output / "index.json").unlink(missing_ok=True)
-    for folder in (output, output / "cases"):
-        for path in folder.glob(".*"):
-            if path.is_file() and path.name.rpartition(".")[2].isdigit():
-                path.unlink()
-
-
-def _classes_seen(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A table for labels that nobody named: class 1 to the highest id found."""
-    highest = max(len(row) for entry in entries for row in entry["pixels"]) - 1
-    if highest < 1:
-        raise ValueError("no label holds anything but background")
-    return class_table([f"class {number}" for number in range(1, highest + 1)])
 
 
 if __name__ == "__main__":

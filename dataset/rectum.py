@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import slices
+from dataset.places import packed_place, packed_places
 from dataset.slices import SliceStore
 
 PACKING = 1  # raise it when packing changes: stores packed by older rules are then made again
@@ -54,8 +55,7 @@ def open_store(data_root: Path | str) -> SliceStore:
     root = Path(data_root)
     splits = find_splits(root)
     digest = source_digest(root, splits)
-    places = [root / "packed", _cache() / digest[:16]]
-    for place in places:
+    for place in packed_places([root], digest):
         if (place / "index.json").is_file():
             try:
                 store = SliceStore(place)
@@ -63,8 +63,7 @@ def open_store(data_root: Path | str) -> SliceStore:
                 continue
             if store.index.get("source") == digest:
                 return store
-    place = places[0] if _writable(root) else places[1]
-    place.parent.mkdir(parents=True, exist_ok=True)
+    place = packed_place([root], digest)
     pack(splits, place, digest)
     return SliceStore(place)
 
@@ -256,12 +255,3 @@ def _write(folder: Path, split: Split, case: str, read: list) -> list[slices.Ent
         }
         entries.append(slices.write_case(folder, entry, np.stack(images), np.stack(masks)))
     return entries
-
-
-def _writable(folder: Path) -> bool:
-    """Whether new files may go there; a folder without any write bit is meant to stay as it is."""
-    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "u-sam"

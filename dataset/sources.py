@@ -77,7 +77,7 @@ def guess_layout(root: Path) -> str:
         return "care"
     if (root / "dataset.json").is_file():
         return "nnunet"
-    if _with_splits(root) is not None:
+    if with_splits(root) is not None:
         return "word"
     if (root / "images").is_dir() and (root / "labels").is_dir():
         return "folder"
@@ -116,13 +116,13 @@ def find_source(
 
 def find_word(root: Path, channel: int | None = None) -> Source:
     """WORD as released, or a copy with nnU-Net names; root may be the folder above it."""
-    found = _with_splits(root)
+    found = with_splits(root)
     if found is None:
         raise FileNotFoundError(
             f"word: no scans under {root}; wanted imagesTr/word_0002.nii.gz, labelsTr/..., and the"
             " like for Val and Ts"
         )
-    return _paired_splits(Source("word", found, class_table(word.ORGANS), []), channel)
+    return paired_splits(Source("word", found, class_table(word.ORGANS), []), channel)
 
 
 def find_nnunet(root: Path, channel: int | None = None) -> Source:
@@ -146,7 +146,7 @@ def find_nnunet(root: Path, channel: int | None = None) -> Source:
         raise ValueError(f"{path}: no channel {channel}; it names {len(channels)}, from 0")
     window = ABDOMEN if channels[channel or 0].upper() == "CT" else "percentile"
     classes = class_table(_nnunet_names(path, labels))
-    source = _paired_splits(Source("nnunet", root, classes, [], window), channel)
+    source = paired_splits(Source("nnunet", root, classes, [], window), channel)
     if not source.cases:
         raise FileNotFoundError(f"nnunet: no labelled scans in {root}; wanted imagesTr, labelsTr")
     return source
@@ -193,7 +193,7 @@ def find_folder(
     return source
 
 
-def _with_splits(root: Path) -> Path | None:
+def with_splits(root: Path) -> Path | None:
     """The folder itself or its only child that holds imagesTr (or imagesTs)."""
     for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
         if any((folder / f"images{end}").is_dir() for end in SPLIT_FOLDERS):
@@ -201,7 +201,8 @@ def _with_splits(root: Path) -> Path | None:
     return None
 
 
-def _paired_splits(source: Source, channel: int | None) -> Source:
+def paired_splits(source: Source, channel: int | None) -> Source:
+    """The source with all cases of its imagesTr, labelsTr and the like for Val, Va and Ts."""
     for end, split in SPLIT_FOLDERS.items():
         images, labels = source.root / f"images{end}", source.root / f"labels{end}"
         if images.is_dir() or labels.is_dir():

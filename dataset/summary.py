@@ -1,4 +1,4 @@
-"""The table at the end of `prepare`: what a slice store holds, in lines of text.
+"""The table at the end of `prepare`: what a store holds, in lines of text.
 
 Everything is counted from the index; no array is opened.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from dataset.sources import Source
 
 
 def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
@@ -24,6 +26,39 @@ def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[s
         lines.append(f"{split:<8}{len(ids):>8}{len(pixels):>10}{with_foreground:>18}")
     lines += ["", *_class_lines(index), "", *_geometry_lines(index["cases"])]
     return lines + list(left_out)
+
+
+def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
+    """Lines: patients and objects per split, objects and voxels per class, what is no object."""
+    lines = [f"{'split':<8}{'patients':>10}{'cases':>8}{'objects':>10}"]
+    for split in ("train", "val", "test"):
+        cases = [case for case in index["cases"] if case["split"] == split]
+        if cases:
+            patients = len({case["patient"] for case in cases})
+            objects = sum(len(case["objects"]) for case in cases)
+            lines.append(f"{split:<8}{patients:>10}{len(cases):>8}{objects:>10}")
+    lines += ["", f"{'id':>3} {'class':<22}{'objects':>9}{'voxels':>14}"]
+    for row in index["classes"][1:]:
+        holders = [case for case in index["cases"] if row["id"] in case["objects"]]
+        voxels = sum(plane[row["id"]] for case in holders for plane in case["pixels"])
+        lines.append(f"{row['id']:>3} {row['name']:<22.22}{len(holders):>9}{voxels:>14}")
+    dropped = [line for case in index["cases"] for line in case["dropped"]]
+    if dropped:
+        lines += ["", f"no objects, {len(dropped)}:", *(f"  {line}" for line in dropped)]
+    return lines + list(left_out)
+
+
+def left_out_lines(source: Source) -> list[str]:
+    """Lines on the scans that could not be paired."""
+    kinds = {
+        "images without a label": source.unlabelled,
+        "labels without an image": source.unmatched,
+    }
+    return [
+        f"left out: {len(paths)} {kind}, first {paths[0].name}"
+        for kind, paths in kinds.items()
+        if paths
+    ]
 
 
 def _class_lines(index: dict[str, Any]) -> list[str]:

@@ -130,10 +130,8 @@ class ScanVolume:
         Raises ValueError, naming the point, for one outside the scan.
         """
         header, points = self.grid.header, np.asarray(points, dtype=np.float64).reshape(-1, 3)
-        if mm:
-            voxels = nib.affines.apply_affine(np.linalg.inv(header.affine), points)
-        else:
-            voxels = points
+        to_voxels = np.linalg.inv(header.affine) if mm else np.eye(4)
+        voxels = nib.affines.apply_affine(to_voxels, points)
         outside = ~((voxels >= -0.5) & (voxels < np.array(header.shape) - 0.5)).all(axis=1)
         if outside.any():
             unit, place = " mm" if mm else "", points[outside][0]
