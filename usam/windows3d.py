@@ -1,0 +1,263 @@
+"""One object of a whole volume from clicks: windows around them, and more where the object goes on.
+
+`usam.predict3d` and `usam.evaluate3d` answer a user's and a simulated user's clicks through here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from usam.clicks3d import THRESHOLD
+from usam.engine import Precision
+from usam.model3d import SamMed3d
+
+Voxel = tuple[int, int, int]
+ReadCrop = Callable[[Voxel, int], Tensor]
+
+MAX_WINDOWS = 64  # grown for one object, after which growth stops and says so
+OUTSIDE = -30.0  # logit where no window has looked
+KNOWN = 8.0  # logit, and its negative, of a mask that is given as known
+COVERED = 0.25  # weight of other windows' answers from which a place counts as looked at
+GRID = 16  # windows begin at multiples of side / GRID voxels from the first, so that they recur
+
+
+@dataclass
+class Window:
+    """A cube of the volume from voxel `origin`; `logits` (1, 1, s, s, s) is its last answer.
+
+    `hint` is a click the growing itself makes: (voxel, label).
+    """
+
+    origin: Voxel
+    embedding: Tensor
+    logits: Tensor
+    hint: tuple[Voxel, int] | None = None
+
+
+class Encoder:
+    """Embeddings of windows of one volume of `shape`, each computed once; shared by its objects.
+
+    read: normalised crop (1, 1, S, S, S) of the volume, zero padded, for an origin and a side.
+    """
+
+    def __init__(
+        self, model: SamMed3d, shape: Voxel, *, read: ReadCrop, precision: Precision
+    ) -> None:
+        self.model, self.shape, self.precision = model, tuple(shape), precision
+        self._read, self._known = read, {}
+
+    def embedding(self, origin: Voxel) -> Tensor:
+        """(1, 384, g, g, g) of the window at `origin`."""
+        if origin not in self._known:
+            with torch.inference_mode(), self.precision.autocast():
+                crop = self._read(origin, self.model.side).to(self.precision.device)
+                self._known[origin] = self.model.image_encoder(crop)
+        return self._known[origin]
+
+
+class Session:
+    """A user clicks on one object; after each click `logits` is the answer for the whole volume.
+
+    As in training, each click adds to those before and its window sees its own last answer as a
+    mask. The windows of clicks are kept. Others are grown anew after each click, from these: where
+    the object touches a face of a window and the volume goes on, a window is centred there, which
+    is told what is known in the overlap as a mask and by a click in its middle. Overlapping
+    answers are averaged, each with a weight that falls towards its faces.
+    """
+
+    def __init__(self, encoder: Encoder, known: Tensor | None = None) -> None:
+        """known (X, Y, Z) bool: a mask to refine, if there is one."""
+        self.encoder, self.side = encoder, encoder.model.side
+        self.num_grown, self.stopped_early = 0, False
+        self._windows: list[Window] = []
+        self._clicks: list[tuple[Voxel, int]] = []
+        self._box: tuple[Voxel, Voxel] | None = None
+        device = encoder.precision.device
+        self._known = None if known is None else (2 * known.to(device).float() - 1) * KNOWN
+        self._sum = torch.zeros(encoder.shape, device=device)
+        self._weight = torch.zeros(encoder.shape, device=device)
+        self._falling = window_weight(self.side, device)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that the answer is made of."""
+        return len(self._windows) + self.num_grown
+
+    @property
+    def logits(self) -> Tensor:
+        """(X, Y, Z) float32; where no window has looked, the given mask or far below 0."""
+        return self._logits_in((...,))
+
+    def look(self, origin: Voxel) -> None:
+        """Open a window at `origin` and answer without a click, from the given mask alone."""
+        self._windows.append(self._open(origin))
+        if self._known is not None:
+            self._answer(self._windows[-1])
+            self._grow()
+
+    def click(self, voxel: Voxel, label: int, box: tuple[Voxel, Voxel] | None = None) -> None:
+        """Add a click, label 1 in the object and 0 outside, and answer.
+
+        box: first and last corner of a box around the object, for a model that takes boxes.
+        """
+        voxel = tuple(int(index) for index in voxel)
+        self._clicks.append((voxel, int(label)))
+        self._box = box or self._box
+        windows = [window for window in self._windows if self._holds(window, voxel)]
+        if not windows:
+            windows = [self._open(centred(voxel, self.side))]
+            self._windows += windows
+        for window in windows:
+            self._answer(window)
+        self._grow()
+
+    def _logits_in(self, part: tuple) -> Tensor:
+        """`logits` of a part of the volume."""
+        total, weight = self._sum[part], self._weight[part]
+        rest = torch.full_like(total, OUTSIDE) if self._known is None else self._known[part]
+        return torch.where(weight > 0, total / weight.clamp(min=1e-6), rest)
+
+    def _open(self, origin: Voxel) -> Window:
+        """A window whose mask is what is known there, 0 elsewhere."""
+        origin = tuple(int(index) for index in origin)
+        low = 3 * (self.side // 4,)
+        mask = torch.zeros(1, 1, *low, device=self._sum.device)
+        inside, own = overlap(origin, self.side, self.encoder.shape)
+        seen = (self._weight[inside] > 0).any()
+        if seen or self._known is not None:
+            full = torch.zeros(3 * (self.side,), device=mask.device)
+            full[own] = self._logits_in(inside)
+            full[full == OUTSIDE] = 0
+            mask = F.adaptive_avg_pool3d(full[None, None], low)
+        return Window(origin, self.encoder.embedding(origin), mask)
+
+    def _holds(self, window: Window, voxel: Voxel) -> bool:
+        pairs = zip(window.origin, voxel, strict=True)
+        return all(low <= index < low + self.side for low, index in pairs)
+
+    def _answer(self, window: Window) -> None:
+        """Decode the clicks that lie in the window, after its last answer."""
+        clicks = [click for click in self._clicks if self._holds(window, click[0])]
+        clicks += [window.hint] if window.hint else []
+        device, origin = self._sum.device, torch.tensor(window.origin)
+        points = boxes = None
+        if clicks:
+            coords = torch.tensor([voxel for voxel, _ in clicks]) - origin
+            labels = torch.tensor([label for _, label in clicks])
+            points = coords.float()[None].to(device), labels[None].to(device)
+        if self._box and window.hint is None:
+            corners = (torch.tensor(self._box) - origin).clamp(0, self.side - 1)
+            boxes = corners.float()[None].to(device)
+        model, precision = self.encoder.model, self.encoder.precision
+        with torch.inference_mode(), precision.autocast():
+            answer = model.decode(window.embedding, points, window.logits, boxes=boxes)
+        window.logits = answer.float()
+
+    def _grow(self) -> None:
+        """Answer with the windows of clicks and all that grow from them."""
+        self._sum.zero_()
+        self._weight.zero_()
+        self.stopped_early = False
+        for window in self._windows:
+            self._add(window)
+        windows, waiting = list(self._windows), deque(self._windows)
+        while waiting:
+            touch = self._goes_on(waiting[0])
+            if touch is None:
+                waiting.popleft()
+                continue
+            if len(windows) - len(self._windows) >= MAX_WINDOWS:
+                self.stopped_early = True
+                break
+            grown = self._open(self._on_grid(centred(touch, self.side)))
+            grown.hint = touch, 1
+            self._answer(grown)
+            self._add(grown)
+            windows.append(grown)
+            waiting.append(grown)
+        self.num_grown = len(windows) - len(self._windows)
+
+    def _add(self, window: Window) -> None:
+        """Blend a window's answer into the volume's."""
+        answer = self.encoder.model.upscale(window.logits)[0, 0]
+        inside, own = overlap(window.origin, self.side, self.encoder.shape)
+        self._sum[inside] += (answer * self._falling)[own]
+        self._weight[inside] += self._falling[own]
+
+    def _on_grid(self, origin: Voxel) -> Voxel:
+        """`origin` moved to the nearest place a whole number of grid steps from the first."""
+        step, first = max(self.side // GRID, 1), self._windows[0].origin
+        pairs = zip(origin, first, strict=True)
+        return tuple(low + round((index - low) / step) * step for index, low in pairs)
+
+    def _goes_on(self, window: Window) -> Voxel | None:
+        """A voxel on a face of the window where the object goes on unseen; None if nowhere."""
+        inside, _ = overlap(window.origin, self.side, self.encoder.shape)
+        part = self._logits_in(inside) > THRESHOLD
+        smallest = max(self.side // 32, 1) ** 2  # voxels; fewer are noise
+        for axis, (span, size) in enumerate(zip(inside, self.encoder.shape, strict=True)):
+            for outwards, index in ((-1, span.start), (1, span.stop - 1)):
+                if not 0 <= index + outwards < size:
+                    continue
+                behind = list(inside)
+                behind[axis] = index + outwards
+                unseen = self._weight[tuple(behind)] < COVERED
+                plane = part.select(axis, index - span.start) & unseen
+                for place in deepest_of_pieces(plane.cpu().numpy(), smallest):
+                    starts = [other.start for n, other in enumerate(inside) if n != axis]
+                    voxel = [low + pixel for low, pixel in zip(starts, place, strict=True)]
+                    voxel.insert(axis, index)
+                    return tuple(voxel)
+        return None
+
+
+def deepest_of_pieces(plane: np.ndarray, smallest: int) -> list[tuple[int, int]]:
+    """The pixel deepest inside each connected piece of `plane` (H, W) bool, largest piece first.
+
+    Pieces of fewer than `smallest` pixels are left out.
+    """
+    pieces, number = ndimage.label(plane)
+    if not number:
+        return []
+    sizes = np.bincount(pieces.ravel(), minlength=number + 1)
+    sizes[0] = 0
+    depth = ndimage.distance_transform_edt(np.pad(plane, 1))[1:-1, 1:-1]
+    order = [piece for piece in np.argsort(-sizes, kind="stable") if sizes[piece] >= smallest]
+    places = ndimage.maximum_position(depth, pieces, order)
+    return [tuple(int(index) for index in place) for place in places]
+
+
+def window_weight(side: int, device: torch.device) -> Tensor:
+    """(S, S, S) weight of a window's answers, 1 in the middle half, falling to its faces."""
+    index = torch.arange(side, device=device)
+    line = (torch.minimum(index, side - 1 - index) + 1) / (side // 4)
+    line = line.clamp(max=1)
+    return torch.minimum(torch.minimum(line[:, None, None], line[:, None]), line)
+
+
+def centred(voxel: Voxel, side: int) -> Voxel:
+    """Where a window around `voxel` begins."""
+    return tuple(int(index) - side // 2 for index in voxel)
+
+
+def overlap(origin: Voxel, side: int, shape: Voxel) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a window and a volume of `shape` meet: slices of the volume, slices of the window.
+
+    A window that misses the volume along an axis gives slices of length 0 there.
+    """
+    inside = [
+        slice(min(max(low, 0), size), max(min(low + side, size), min(max(low, 0), size)))
+        for low, size in zip(origin, shape, strict=True)
+    ]
+    own = [
+        slice(span.start - low, span.stop - low) for low, span in zip(origin, inside, strict=True)
+    ]
+    return tuple(inside), tuple(own)
