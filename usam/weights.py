@@ -230,7 +230,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     content = read_file(path)
     if is_published(content):
         return from_published(content, path)
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+    whole = isinstance(content, Mapping) and {"model", "args", "data"} <= content.keys()
+    if not whole or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT} written by u-sam.py")
     return dict(content)
 
