@@ -43,10 +43,10 @@ def box_origin(low: ArrayLike, high: ArrayLike, side: int) -> np.ndarray:
 
 
 def click_origin(clicks: ArrayLike, side: int) -> np.ndarray:
-    """Voxel (3,) where a cube around clicks (P, 3), the first of most weight, begins.
+    """Voxel (3,) where a cube around clicks (P, 3) begins.
 
-    The cube is centred on the clicks' box; clicks that do not fit into one cube leave it centred
-    on the first. Raises ValueError without a click.
+    The cube is centred on the clicks' box; where that does not fit, on the first click. Raises
+    ValueError without a click.
     """
     clicks = np.asarray(clicks, dtype=np.int64).reshape(-1, 3)
     if not len(clicks):
