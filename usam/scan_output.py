@@ -38,13 +38,15 @@ def nifti_header(source: Path, affine: np.ndarray | None) -> nib.Nifti1Header:
     A NIfTI file's geometry is copied field by field, codes included. Any other format has its
     affine (4, 4), voxel index -> RAS mm, written as sform and qform; None is the identity.
     """
-    header = nib.Nifti1Header()
     if source.is_file() and source.name.lower().endswith((".nii", ".nii.gz")):
         stored = nib.load(source).header
+        is_nifti2 = isinstance(stored, nib.Nifti2Header)  # whose affine is float64
+        header = nib.Nifti2Header() if is_nifti2 else nib.Nifti1Header()
         for field in GEOMETRY:
             header[field] = stored[field]
         header["pixdim"][4:] = 1
     else:
+        header = nib.Nifti1Header()
         header.set_sform(np.eye(4) if affine is None else affine, code="scanner")
         header.set_qform(np.eye(4) if affine is None else affine, code="scanner")
     header.set_xyzt_units("mm")
@@ -57,7 +59,9 @@ def write_label_map(path: Path, label: np.ndarray, header: nib.Nifti1Header) -> 
     header = header.copy()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(label.shape)
-    image = nib.Nifti1Image(label, header.get_best_affine(), header)
+    is_nifti2 = isinstance(header, nib.Nifti2Header)
+    kind = nib.Nifti2Image if is_nifti2 else nib.Nifti1Image
+    image = kind(label, header.get_best_affine(), header)
     scratch = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         nib.save(image, scratch)
@@ -82,7 +86,8 @@ class ProbabilityFile:
         self.header.set_data_dtype(np.uint16)
         self.header.set_data_shape(self.shape)
         self.header["scl_slope"], self.header["scl_inter"] = 1 / STEPS, 0
-        self.header["vox_offset"] = 352
+        self.offset = self.header.single_vox_offset
+        self.header["vox_offset"] = self.offset
         wanted, free = 2 * math.prod(self.shape), shutil.disk_usage(path.parent).free
         if wanted > free:
             raise OSError(
@@ -92,7 +97,7 @@ class ProbabilityFile:
     def __enter__(self) -> ProbabilityFile:
         with self.scratch.open("wb") as file:
             file.write(self.header.binaryblock + bytes(4))  # no extension follows
-            file.truncate(352 + 2 * math.prod(self.shape))
+            file.truncate(self.offset + 2 * math.prod(self.shape))
         return self
 
     def write(
@@ -104,7 +109,7 @@ class ProbabilityFile:
         """Slices `numbers` as uint16 (n, C, H, W); canonical: (I, J, K) -> (S, H, W), a view."""
         # Mapped anew each time: the pages written then leave this process's memory.
         stored = np.memmap(
-            self.scratch, np.uint16, mode="r+", offset=352, shape=self.shape, order="F"
+            self.scratch, np.uint16, mode="r+", offset=self.offset, shape=self.shape, order="F"
         )
         for class_id in range(self.shape[3]):
             canonical(stored[..., class_id])[list(numbers)] = steps[:, class_id]
