@@ -98,7 +98,7 @@ class MaskDecoder(nn.Module):
         tokens, image = self.attend(embedding, position, prompts)
         maps = self.up2(self.up3(self.up4(image, x4), x3), x2)  # (N, 32, H/2, W/2)
         weights = self.hypernetworks(tokens)  # (N, 32, 32)
-        masks = torch.einsum("nmc,nchw->nmhw", weights, maps)
+        masks = torch.einsum("nchw,nmc->nhwm", maps, weights).permute(0, 3, 1, 2)  # channels last
         return self.final_output(self.up1(masks, x1)).float()
 
     def attend(

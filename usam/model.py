@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from usam.mask_decoder import MaskDecoder, PromptEncoder
@@ -50,7 +51,10 @@ class USam(nn.Module):
         prompts that is not the number of images.
         """
         self.check_input(image, points, boxes)
-        skips, bottleneck = self.backbone(self.normalise(image))
+        # Channels last: pooling and convolutions are faster so on every device, and the tokens
+        # come out contiguous. Each operation hands the layout on to the next.
+        image = self.normalise(image).contiguous(memory_format=torch.channels_last)
+        skips, bottleneck = self.backbone(image)
         embedding = self.sam.image_encoder(bottleneck.permute(0, 2, 3, 1))
         prompts = self.sam.prompt_encoder(points, boxes)
         position = self.sam.prompt_encoder.get_dense_pe()
