@@ -1,10 +1,12 @@
-"""Train, evaluate and resume U-SAM on CT slices.
+"""Train, evaluate and resume U-SAM on CT slices, or SAM-Med3D on volumes; predict with both.
 
     python u-sam.py --epochs 100 --batch_size 24 --dataset rectum
     torchrun --nproc_per_node=8 u-sam.py --num_workers 4 --epochs 100 --batch_size 24
     python u-sam.py --dataset rectum --eval --resume chkpt/best.pth
     python u-sam.py --predict SCAN.nii.gz --resume chkpt/best.pth --output_dir predictions
     python u-sam.py --dataset phantom --sam_weight none --img_size 112    (no data, no weights)
+    python u-sam.py --model sam-med3d --dataset volumes --data_root ROOT
+    python u-sam.py --model sam-med3d --predict SCAN.nii.gz --resume chkpt/best.pth --point 90 81 40
 
 Reads top to bottom: flags, what a run is made of, training, evaluation.
 """
@@ -22,17 +24,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from dataset import DATASETS, SliceDataset, build_dataset
+from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
 from dataset.scan_slices import ScanSlices, find_scans, output_names
 from dataset.scans import parse_window
 from dataset.transforms import augment
+from sam_med3d import run_volumes
 from usam import checkpoint, distributed, engine, report, weights
+from usam.compilation import compile_training, should_compile
+from usam.distributed import say
 from usam.engine import Precision
 from usam.flags import parse_flags, settle
 from usam.job import Job, Summary
+from usam.loaders import evaluation_loader, loader_for
 from usam.metrics import rank_score
 from usam.model import USam, build_usam
 from usam.predict import Predictor, predict_scans
+from usam.recomputation import recompute_activations
 from usam.run_folder import RunFolder, run_state
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
 from usam.schedule import warmup_length
@@ -48,7 +55,10 @@ def main(args: Namespace) -> None:
     settle(args, saved)
     precision = engine.select_precision(args.amp, device)
     say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
-    run_slices(args, precision, saved)
+    if args.model == "sam-med3d":
+        run_volumes(args, precision, saved, train)
+    else:
+        run_slices(args, precision, saved)
 
 
 def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
@@ -72,7 +82,7 @@ def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | No
         say(f"{args.resume}: {args.sam_model} at {args.img_size} pixels")
     else:
         with distributed.main_process_first():
-            say(weights.initialize(model, args.sam_model, args.sam_weight))
+            say(weights.initialize(model, args.sam_model, args.sam_weight, init=args.init))
     model.to(precision.device)
     if args.eval:
         evaluate(args, precision, model, data["test"], weights.points_are_row_col(saved))
@@ -80,12 +90,6 @@ def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | No
     job = slices_job(args, precision, model, data)
     say_what_is_trained(args, job, data)
     train(args, precision, job, saved)
-
-
-def say(text: str) -> None:
-    """Print on the main process."""
-    if distributed.is_main():
-        print(text, flush=True)
 
 
 def load_split(args: Namespace, split: str) -> SliceDataset:
@@ -96,20 +100,6 @@ def load_split(args: Namespace, split: str) -> SliceDataset:
     )  # fmt: skip
 
 
-def loader_for(args: Namespace, data: SliceDataset, **how: Any) -> DataLoader:
-    """A loader over `data`; `how` names the sampler or batch sampler."""
-    return DataLoader(
-        data, num_workers=args.num_workers, pin_memory=torch.cuda.is_available(),
-        persistent_workers=args.num_workers > 0, generator=torch.Generator(), **how,
-    )  # fmt: skip
-
-
-def evaluation_loader(args: Namespace, data: SliceDataset) -> DataLoader:
-    """A loader over this process's share of `data`, each sample once among all processes."""
-    shard = distributed.EvaluationShard(len(data))
-    return loader_for(args, data, sampler=shard, batch_size=args.batch_size)
-
-
 # ------------------------------------------------------------------ training
 
 
@@ -117,7 +107,8 @@ def slices_job(
     args: Namespace, precision: Precision, model: USam, data: dict[str, SliceDataset]
 ) -> Job:
     """U-SAM's training on `data`, its "train" and "val" splits."""
-    validation, classes = evaluation_loader(args, data["val"]), data["val"].classes
+    how = {"num_workers": args.num_workers, "batch_size": args.batch_size}
+    validation, classes = evaluation_loader(data["val"], **how), data["val"].classes
 
     def validate() -> Summary:
         counts = engine.evaluate(
@@ -141,9 +132,14 @@ def slices_job(
 
 def train(args: Namespace, precision: Precision, job: Job, saved: dict[str, Any] | None) -> None:
     """Train until `--epochs` are done; evaluate, log and save after each."""
+    if args.checkpoint_activations:
+        recompute_activations(job.model)
+    if should_compile(args.compile, args.model, precision.device):
+        samples = [job.data[0, 0]] * min(args.batch_size, len(job.data))
+        compile_training(job.model, job.step, samples, precision)
     num_samples = len(job.data)
     batches = distributed.TrainingBatches(num_samples, args.batch_size, args.seed)
-    loader = loader_for(args, job.data, batch_sampler=batches)
+    loader = loader_for(job.data, args.num_workers, batch_sampler=batches)
     optimizer = engine.build_optimizer(job.groups, args.weight_decay)
     scaler = precision.scaler()
     progress, best = restore(args, saved, optimizer, scaler)
@@ -252,7 +248,8 @@ def evaluate(
     }  # fmt: skip
     if points_are_row_col and args.prompt_mode > 1:
         say(f"{args.resume} is a published checkpoint: its points are given as (row, column)")
-    counts = engine.evaluate(model, evaluation_loader(args, data), **how)
+    share = evaluation_loader(data, num_workers=args.num_workers, batch_size=args.batch_size)
+    counts = engine.evaluate(model, share, **how)
     if not distributed.is_main():
         return
     facts = {
@@ -260,7 +257,7 @@ def evaluate(
         "slices": len(data), "cases": len(data.case_ids),
         "prompts": report.PROMPT_SOURCES[args.prompt_mode],
     }  # fmt: skip
-    metrics = report.write_scores(args.output_dir, counts.summary(data.classes), facts)
+    metrics = report.write_scores(args.output_dir, counts, data.classes, facts)
     chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
     overlays = report.draw_overlays(
         args.output_dir / "overlays", engine.predictions(model, chosen, **how),
@@ -312,7 +309,7 @@ def prompts_of(args: Namespace, num_scans: int) -> Callable[[Path], ScanPrompts]
 
 
 if __name__ == "__main__":
-    flags = parse_flags(DATASETS)
+    flags = parse_flags([*DATASETS, *VOLUMES])
     try:
         main(flags)
     except (ValueError, OSError) as error:

@@ -41,6 +41,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "clicks": "random",
     },
 }
+ONLY_FOR = {  # flags without a default that one model has
+    "u-sam": ("window", "slice", "probabilities", "overlay", "largest_component"),
+    "sam-med3d": ("classes", "no_flips", "init_mask"),
+}
+DATASETS_3D = ("volumes", "phantom3d")
+BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
 DESCRIBED = ("sam_model", "img_size", "prompt_mode", "rel_pos")  # as a checkpoint's model is
 
 
@@ -59,7 +65,10 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     parser = Parser(description="Tune SAM to segment CT slices.")
     data = parser.add_argument_group("data").add_argument
     data("--dataset", choices=sorted(datasets), help="what to work on (rectum; phantom3d)")
-    data("--data_root", type=Path, help="its folder (data/CARE, data/WORD, data/phantom)")
+    data("--data_root", nargs="+", type=Path, metavar="PATH",
+        help="its folder (data/CARE, data/WORD, data/phantom); volumes: or several")  # fmt: skip
+    data("--classes", nargs="+", metavar="NAME", help="sam-med3d: only these classes (all)")
+    data("--no_flips", action="store_true", help="sam-med3d: train without flips")
     data(
         "--val_fraction",
         type=float,
@@ -67,12 +76,16 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         metavar="F",
         help="share of the training cases to validate on; 0: on the test cases (0.1)",
     )
+    data("--empty", type=share, metavar="keep|drop|N%",
+        help="training slices without foreground (keep; word: drop)")  # fmt: skip
     data("--num_workers", type=count, default=2, help="loader processes for each process (2)")
     model = parser.add_argument_group("model").add_argument
     model("--model", choices=list(DEFAULTS), help="slices or volumes (u-sam, or --resume's)")
     sizes = list(dict.fromkeys([*SAM_MODELS, *SAM_MED3D_MODELS]))
     model("--sam_model", choices=sizes, help="the encoder's size (vit_b; vit_b_ori)")
     model("--sam_weight", metavar="PATH|none", help="weights to start from (in weight/)")
+    model("--init", type=Path, metavar="PATH",
+        help="start from a checkpoint of other classes; what fits is taken")  # fmt: skip
     model("--rel_pos", choices=("published", "corrected"),
         help="sam-med3d: positions as the published weights need them (published)")  # fmt: skip
     model("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
@@ -104,6 +117,10 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     run("--device", default="auto", metavar="auto|cuda|mps|cpu", help="where to compute (auto)")
     run("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="mixed precision (auto: what the device is fast at)")  # fmt: skip
+    run("--compile", choices=("auto", "on", "off"), default="auto",
+        help="torch.compile the training step (auto: u-sam on CUDA)")  # fmt: skip
+    run("--checkpoint_activations", action="store_true",
+        help="train large images in less memory and more time")  # fmt: skip
     run("--world_size", type=positive, default=1, help="processes, where srun starts them (1)")
     run("--dist_url", default="env://", help="tcp://host:port where those meet")
     add_prediction_flags(parser)
@@ -112,7 +129,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.img_size and args.img_size % 16:
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
-    if args.eval and not args.resume:
+    if args.eval and not args.resume and args.model != "sam-med3d":
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     check_prediction_flags(parser, args)
     return args
@@ -127,14 +144,16 @@ def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     flag("--window", nargs="+", metavar="W",
         help="LOW HIGH (HU), percentile or a preset, instead of the checkpoint's")  # fmt: skip
     flag("--channel", type=count, help="which of several volumes in a file, from 0")
-    flag("--box", nargs=4, type=float, action="append", metavar=("X1", "Y1", "X2", "Y2"),
-        help="box on --slice, first to last voxel; repeatable")  # fmt: skip
+    flag("--box", nargs="+", type=float, action="append", metavar="V",
+        help="x1 y1 x2 y2 on --slice, repeatable; sam-med3d: x1 y1 z1 x2 y2 z2")  # fmt: skip
     flag("--slice", type=count, action="append", metavar="K",
         help="the slice of a --box, from 0, one for each box")  # fmt: skip
     flag("--point", nargs="+", type=float, action="append", metavar="V",
         help="x y z [label]: voxel from 0, label 1 object or 0 not; repeatable")  # fmt: skip
     flag("--mm", action="store_true", help="--point is in scanner millimetres (RAS)")
     flag("--prompts", type=Path, metavar="FILE", help="boxes and points as JSON, also for many")
+    flag("--init_mask", type=Path, metavar="PATH",
+        help="sam-med3d: a label map of the scan to refine")  # fmt: skip
     flag("--probabilities", action="store_true", help="also a 4D NIfTI of class probabilities")
     flag("--overlay", action="store_true", help="also a PNG of the slices with most foreground")
     flag("--largest_component", action="store_true", help="keep the largest piece of each class")
@@ -143,13 +162,13 @@ def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
 def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with one line where the flags of --predict do not fit together."""
     if args.predict:
-        if not args.resume:
+        if not args.resume and args.model != "sam-med3d":
             parser.error("--predict needs --resume, the checkpoint to predict with")
         if args.eval:
             parser.error("--predict and --eval are two runs; give one of them")
     marks = {"box": args.box, "slice": args.slice, "point": args.point, "prompts": args.prompts}
     given = [name for name, value in marks.items() if value is not None]
-    rest = ["window", "channel", "mm", "probabilities", "overlay", "largest_component"]
+    rest = ["window", "channel", "mm", "probabilities", "overlay", "largest_component", "init_mask"]
     alone = given + [name for name in rest if getattr(args, name) not in (None, False)]
     if alone and not args.predict:
         parser.error(f"--{alone[0]} belongs to --predict")
@@ -159,7 +178,7 @@ def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Names
         parser.error(f"{len(args.slice)} --slice for {len(args.box or [])} --box; give one each")
     if any(len(point) not in (3, 4) for point in args.point or []):
         parser.error("--point wants x y z or x y z label")
-    if args.mm and not args.point:
+    if args.mm and not args.point and not (args.box and args.model != "u-sam"):
         parser.error("--mm says what --point is in; there is none")
 
 
@@ -177,15 +196,46 @@ def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
     if saved:
         known = saved["args"] | saved["data"]
         described |= {name: known[name] for name in DESCRIBED if name in own and name in known}
-    for name in sorted({name for flags in DEFAULTS.values() for name in flags} - own.keys()):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} is not for --model {args.model}; leave it out")
+    check_model_flags(args)
     for name, value in (own | described).items():
         given = getattr(args, name)
         if given is None:
             setattr(args, name, value)
         elif name in described and given != value and name != "prompt_mode":
             raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that are not for --model, and --box, --dataset that do not fit.
+
+    A single --data_root comes out as a path, several as a list.
+    """
+    other = {name for flags in DEFAULTS.values() for name in flags} - DEFAULTS[args.model].keys()
+    other |= {name for model, names in ONLY_FOR.items() if model != args.model for name in names}
+    for name in sorted(other):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name} is not for --model {args.model}; leave it out")
+    if args.dataset and (args.dataset in DATASETS_3D) != (args.model == "sam-med3d"):
+        raise ValueError(f"--dataset {args.dataset} is not for --model {args.model}")
+    wanted = BOX_LENGTH[args.model]
+    if any(len(box) != wanted for box in args.box or []):
+        raise ValueError(f"--box wants {wanted} numbers for --model {args.model}")
+    if args.data_root and len(args.data_root) == 1:
+        args.data_root = args.data_root[0]
+    elif args.data_root and args.model == "u-sam":
+        raise ValueError(f"--data_root names {len(args.data_root)} folders, wanted one")
+
+
+def share(text: str) -> float:
+    """A share from 0 to 1: `keep` is 1, `drop` is 0, `N%` a part; as a flag's value."""
+    number = {"keep": 100.0, "drop": 0.0}.get(text)
+    try:
+        number = float(text.removesuffix("%")) if number is None else number
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not keep, drop or a percentage")
+    return number / 100
 
 
 def count(text: str) -> int:
