@@ -1,10 +1,12 @@
-"""Fair comparisons: paired timings of two programs and the peak memory of one process.
+"""Fair comparisons: paired timings, peak memory, what the machine can do, and rows of a table.
 
 The benchmarks beside it say what is compared; nothing here knows a model.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
 import statistics
 import threading
@@ -12,10 +14,22 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 Work = Callable[[], object]
+UNMEASURED = "unmeasured"
+
+
+class Row(NamedTuple):
+    """A line of a results table; what was not run on this machine stays "unmeasured"."""
+
+    what: str
+    goal: str = ""
+    ours: str = UNMEASURED
+    baseline: str = UNMEASURED
+    ratio: str = UNMEASURED
 
 
 def seconds(work: Work, device: torch.device) -> float:
@@ -50,6 +64,67 @@ def spread(values: list[float], digits: int = 3) -> str:
     """Median and range as text: `12.1 (11.8 .. 12.6)`."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
+
+
+def compared(row: Row, pairs: list[tuple[float, float]], items: int, unit: str) -> Row:
+    """`row` with rates (items a second) and the paired ratios of times (ours, baseline)."""
+    ours, baseline = (spread([items / t for t in times], 2) for times in zip(*pairs, strict=True))
+    ratio = spread([theirs / our for our, theirs in pairs], 2)
+    return row._replace(ours=f"{ours} {unit}", baseline=f"{baseline} {unit}", ratio=ratio)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown; figures are medians with their range."""
+    lines = ["| what | ours | baseline | ratio | goal |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join(
+        [*lines, *(f"| {r.what} | {r.ours} | {r.baseline} | {r.ratio} | {r.goal} |" for r in rows)]
+    )
+
+
+def device_parser(about: str) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny run: proof, not a result")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of A B B A")
+    parser.add_argument("--unmeasured", action="store_true", help="the empty table of --device")
+    return parser
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """Threads as asked for, and float32 meaning float32: no TF32 on either side."""
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """What the machine reaches now: matrix products (FLOP/s) by dtype, "copy" in bytes/s."""
+    is_cuda, found = device.type == "cuda", {}
+    side = 8192 if is_cuda else 1536
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        found[str(dtype).removeprefix("torch.")] = 2 * side**3 / best_of(lambda a=a: a @ a, device)
+    source = torch.ones((2**30 if is_cuda else 2**26) // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.numel() * source.element_size()  # read and written
+    return found | {"copy": copied / best_of(lambda: target.copy_(source), device)}
+
+
+def best_of(work: Work, device: torch.device, repeats: int = 5) -> float:
+    """The shortest of a few timings, after one that is not counted."""
+    work()
+    return min(seconds(work, device) for _ in range(repeats))
+
+
+def peaks_line(device: torch.device) -> str:
+    """`peaks` in words."""
+    found = peaks(device)
+    return (
+        f"measured peaks: matrix products {found['float32'] / 1e9:.0f} GFLOP/s float32 and "
+        f"{found['bfloat16'] / 1e9:.0f} GFLOP/s bfloat16, copies {found['copy'] / 1e9:.1f} GB/s"
+    )
 
 
 class PeakMemory:
@@ -102,7 +177,8 @@ def machine(device: torch.device) -> str:
         name = models[0].split(":", 1)[1].strip() if models else name
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {date.today().isoformat()}"
+        f"torch {torch.__version__}, {date.today().isoformat()}{load}"
     )
