@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset import phantom, rectum, word
-from dataset.slice_dataset import SliceDataset, split_slices, with_foreground
+from dataset.slice_dataset import SliceDataset, split_slices, thin_out_empty
 from dataset.slices import SliceStore
 from dataset.volume_store import VolumeStore
 from dataset.volumes import VOLUMES, VolumeDataset, build_volumes, open_volumes
@@ -68,18 +68,22 @@ def build_dataset(
     img_size: int = 224,
     seed: int = 202307,
     val_fraction: float = 0.1,
+    empty: float | None = None,
     store: SliceStore | None = None,
     **extra: Any,
 ) -> SliceDataset:
     """The slices of a split ("train", "val", "test") as a Dataset; see SliceDataset for items.
 
-    `store` spares opening it again. Validation may be empty (too few cases); training and test
-    may not: FileNotFoundError. Errors of open_store and split_slices pass through.
+    empty: share of the training slices that may be without foreground, from 0 (none) to 1 (all);
+    None leaves it to the data set. `store` spares opening it again. Validation may be empty (too
+    few cases); training and test may not: FileNotFoundError. Errors of open_store and split_slices
+    pass through.
     """
     store = store or open_store(name, data_root, **extra)
     chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction)
-    if split == "train" and DATASETS[name].foreground_only:
-        chosen = with_foreground(store, chosen)
+    if split == "train":
+        share = empty if empty is not None else float(not DATASETS[name].foreground_only)
+        chosen = thin_out_empty(store, chosen, share, seed)
     if not chosen and (split != "val" or val_fraction == 0):
         wanted = "test" if split == "val" else split
         raise FileNotFoundError(f"dataset {name}: no {wanted} slices in {store.folder}")

@@ -49,6 +49,21 @@ def with_foreground(store: SliceStore, slices: Slices) -> Slices:
     return [(number, k) for number, k in slices if any(store.cases[number]["pixels"][k][1:])]
 
 
+def thin_out_empty(store: SliceStore, slices: Slices, share: float, seed: int) -> Slices:
+    """`slices` with so few of the empty ones, drawn by `seed`, that they make up `share` of all.
+
+    share: 0 keeps none, 1 keeps all; fewer than `share` asks for stay as they are.
+    """
+    full = with_foreground(store, slices)
+    empty = sorted(set(slices) - set(full))
+    if share >= 1 or not empty:
+        return slices
+    number = min(len(empty), round(len(full) * share / (1 - share)))
+    drawn = np.random.default_rng(seed).permutation(len(empty))[:number]
+    kept = {*full, *(empty[index] for index in drawn)}
+    return [place for place in slices if place in kept]
+
+
 def split_slices(
     store: SliceStore, split: str, *, seed: int = 202307, val_fraction: float = 0.1
 ) -> Slices:

@@ -143,3 +143,14 @@ def test_table_names_classes_and_says_what_is_absent():
 def test_none_and_nan_rank_below_every_number():
     assert rank_score(None) == rank_score(float("nan")) < rank_score(-1e300) < rank_score(0.0)
     assert max([0.1, None, float("nan"), 0.0], key=rank_score) == 0.1
+
+
+def test_foreground_only_leaves_out_samples_without_foreground() -> None:
+    target = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]])
+    prediction = torch.tensor([[[0, 0, 1, 0]], [[1, 0, 0, 0]]])
+    counts = ClassCounts(2)
+    counts.update(prediction, target)
+    names = ["background", "object"]
+    assert counts.summary(names)["dice"]["object"] == pytest.approx(2 * 1 / (2 + 2))
+    published = counts.summary(names, foreground_only=True)
+    assert published["dice"]["object"] == pytest.approx(2 * 1 / (2 + 1))

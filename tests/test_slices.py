@@ -337,3 +337,21 @@ def test_unknown_data_sets_and_missing_roots_are_named() -> None:
     with pytest.raises(ValueError, match="--data_root"):
         build_dataset("store", "train")
     assert set(DATASETS) >= {"rectum", "word", "phantom", "store"}
+
+
+def test_empty_training_slices_are_thinned_out_to_a_share(tmp_path: Path) -> None:
+    mask = np.zeros((10, 16, 16), np.uint8)
+    mask[:4, 3, 3] = 1
+    entry = {"id": "a", "split": "train", "file": "a", "slices": [f"a{k}" for k in range(10)]}
+    write_index(tmp_path, index_of([write_case(tmp_path, entry, np.zeros_like(mask), mask)]))
+
+    def chosen(empty: float | None) -> list[int]:
+        data = build_dataset("store", "train", data_root=tmp_path, empty=empty, val_fraction=0)
+        return [k for _, k in data.slices]
+
+    assert chosen(None) == chosen(1.0) == list(range(10))
+    assert chosen(0.0) == [0, 1, 2, 3]
+    half = chosen(0.5)
+    assert half[:4] == [0, 1, 2, 3]
+    assert len(half) == 8
+    assert half == chosen(0.5)

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from usam import report, visualize
+from usam.metrics import ClassCounts
 from usam.visualize import OPACITY, blend, save_overlay
 
 CLASSES = ["background", "normal rectum", "tumour"]
@@ -109,18 +110,24 @@ def test_names_are_text_and_stay_in_the_folder(tmp_path: Path) -> None:
 def test_scores_are_printed_and_saved_with_what_they_are_of(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    summary = {
-        "dice": {"background": 0.5, "normal rectum": 0.25, "tumour": None},
-        "iou": {"background": 0.4, "normal rectum": 0.2, "tumour": None},
-        "mean_dice": 0.25, "mean_iou": 0.2, "absent": ["tumour"],
-    }  # fmt: skip
+    truth = torch.zeros(2, 4, 4, dtype=torch.long)
+    truth[0, :2] = 1
+    prediction = truth.clone()
+    prediction[0, 0] = 0
+    prediction[1, 0, 0] = 1  # wrong, on a slice that the published protocol leaves out
+    counts = ClassCounts(3)
+    counts.update(prediction, truth)
     facts = {
         "checkpoint": "best.pth", "dataset": "phantom", "split": "test", "slices": 6, "cases": 2,
         "prompts": "none",
     }  # fmt: skip
-    path = report.write_scores(tmp_path / "new", summary, facts)
-    assert json.loads(path.read_text()) == {**facts, **summary}
+    path = report.write_scores(tmp_path / "new", counts, CLASSES, facts)
+    saved = json.loads(path.read_text())
+    assert {name: saved[name] for name in facts} == facts
+    assert saved["dice"]["normal rectum"] == 2 * 4 / (8 + 5)
+    assert saved["foreground_slices_only"]["dice"]["normal rectum"] == 2 * 4 / (8 + 4)
     printed = capsys.readouterr().out
     assert "best.pth on 6 test slices of 2 cases of phantom; prompts: none" in printed
-    assert "normal rectum            0.2500  0.2000" in printed
+    assert "normal rectum            0.6154  0.4444" in printed
+    assert "slices with foreground only (the published protocol): mean Dice 0.6667" in printed
     assert "left out of the means: tumour" in printed

@@ -253,3 +253,17 @@ def test_neither_ours_nor_published_is_refused(tmp_path):
         weights.read_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         weights.read_checkpoint(tmp_path / "absent.pth")
+
+
+def test_init_takes_what_fits_of_a_model_with_other_classes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = build_usam("vit_tiny", 5, 64)
+    state = {"format": 1, "model": other.state_dict(), "args": {}, "data": {}}
+    path = save(state, tmp_path / "other.pth")
+    model = build_usam("vit_tiny", 3, 32)
+    said = weights.initialize(model, "vit_tiny", None, init=path)
+    assert "left at init: sam.mask_decoder.final_output.3.weight" in said
+    assert torch.equal(model.backbone.inc.conv.weight, other.backbone.inc.conv.weight)
+    assert model.sam.image_encoder.pos_embed.shape == (1, 2, 2, 96)
+    with pytest.raises(ValueError, match="no encoder block fits"):
+        weights.initialize(build_usam("vit_b", 3, 32), "vit_b", None, init=path)

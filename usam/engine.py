@@ -301,7 +301,7 @@ def evaluate(
     )  # fmt: skip
     for _, mask, _, logits in batches:
         counts.update(logits, mask)
-    counts.tensor.copy_(reduce_sum(counts.tensor))
+    counts.tensors.copy_(reduce_sum(counts.tensors))
     return counts
 
 

@@ -16,14 +16,20 @@ from torch import Tensor
 class ClassCounts:
     """Pixels by true and predicted class, summed over all updates without waiting for the device.
 
-    `tensor` (C, C) int64 holds the confusion matrix, row = true class, column = predicted class.
-    Sums are exact, so the order and size of batches and the number of processes change nothing;
-    one all-reduce (sum) of `tensor` joins processes.
+    `tensors` (2, C, C) int64 holds two confusion matrices, row = true class, column = predicted
+    class: over all samples, and over those with anything but background in their truth (as the
+    published code evaluates). Sums are exact, so the order and size of batches and the number of
+    processes change nothing; one all-reduce (sum) of `tensors` joins processes.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        self.tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.tensors = torch.zeros(2, num_classes, num_classes, dtype=torch.int64, device=device)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The confusion matrix (C, C) over all samples."""
+        return self.tensors[0]
 
     @torch.no_grad()
     def update(self, prediction: Tensor, target: Tensor) -> None:
@@ -47,12 +53,18 @@ class ClassCounts:
         # no such wait and keeps the many additions from meeting in the same few numbers.
         rows = pairs.new_zeros(pairs.shape[0], self.num_classes**2, dtype=torch.int32)
         rows.scatter_add_(1, pairs, rows.new_ones(1, 1).expand_as(pairs))
-        self.tensor += rows.sum(dim=0).view_as(self.tensor)
+        samples = rows.view(len(target), -1, *self.tensor.shape).sum(dim=1)  # (N, C, C)
+        has_foreground = samples[:, 1:].sum(dim=(1, 2)) > 0
+        self.tensors[0] += samples.sum(dim=0)
+        self.tensors[1] += (samples * has_foreground.view(-1, 1, 1)).sum(dim=0)
 
-    def summary(self, class_names: Sequence[str]) -> dict[str, Any]:
+    def summary(
+        self, class_names: Sequence[str], *, foreground_only: bool = False
+    ) -> dict[str, Any]:
         """Pooled Dice and IoU per class and their means, as strict JSON (None, never NaN).
 
-        class_names: one a class, background first. Gives
+        class_names: one a class, background first. foreground_only leaves out samples whose truth
+        is all background. Gives
         {"dice": {name: float | None}, "iou": {name: float | None}, "mean_dice": float | None,
         "mean_iou": float | None, "absent": [names]}. A class neither labelled nor predicted
         anywhere is None and absent; the means leave out such classes and the background, and
@@ -63,7 +75,7 @@ class ClassCounts:
                 f"wanted {self.num_classes} class names, found {len(class_names)}: "
                 f"{', '.join(class_names)}"
             )
-        matrix = self.tensor.cpu()
+        matrix = self.tensors[int(foreground_only)].cpu()
         overlap = matrix.diagonal().tolist()
         size = (matrix.sum(dim=0) + matrix.sum(dim=1)).tolist()
         dice = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from usam.metrics import format_table
+from usam.metrics import ClassCounts, format_table
 from usam.visualize import save_overlay
 
 PROMPT_SOURCES = (
@@ -39,19 +39,30 @@ def one_line(
     return text + f", {seconds:.0f} s"
 
 
-def write_scores(folder: Path, summary: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
-    """Print the table of `summary` and save it with `facts` as metrics.json; the file's path.
+def write_scores(
+    folder: Path, counts: ClassCounts, classes: list[str], facts: Mapping[str, Any]
+) -> Path:
+    """Print the scores of `counts` and save them with `facts` as metrics.json; the file's path.
 
-    summary: of `ClassCounts`. facts: what was evaluated, on what and with which prompts.
+    facts: what was evaluated, on what and with which prompts. The published protocol, which
+    leaves out slices without any true foreground, stands beside the scores of all slices.
     """
+    summary = counts.summary(classes)
+    published = counts.summary(classes, foreground_only=True)
     print(
         f"{facts['checkpoint']} on {facts['slices']} {facts['split']} slices of {facts['cases']} "
         f"cases of {facts['dataset']}; prompts: {facts['prompts']}; Dice and IoU of all pixels"
     )
     print(format_table(summary))
+    if published["mean_dice"] is not None:
+        print(
+            f"slices with foreground only (the published protocol): mean Dice "
+            f"{published['mean_dice']:.4f}, IoU {published['mean_iou']:.4f}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.json"
-    path.write_text(json.dumps({**facts, **summary}, indent=2, allow_nan=False) + "\n")
+    scores = {**facts, **summary, "foreground_slices_only": published}
+    path.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
     return path
 
 

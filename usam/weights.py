@@ -101,19 +101,41 @@ def parts(names: list[str]) -> str:
 # ------------------------------------------------------------------ SAM's official checkpoints
 
 
-def initialize(model: USam, sam_model: str, sam_weight: str | Path | None) -> str:
+def initialize(
+    model: USam, sam_model: str, sam_weight: str | Path | None, *, init: Path | None = None
+) -> str:
     """Start `model` from SAM's weights; one line that says what came from where.
 
-    sam_weight: a file, `none` for random weights, or None for the official file of `sam_model`
-    in weight/. A missing official file is downloaded. Raises FileNotFoundError where that fails
-    and ValueError where the file does not fit.
+    init: a checkpoint of U-SAM to start from instead. sam_weight: a file, `none` for random
+    weights, or None for the official file of `sam_model` in weight/. A missing official file is
+    downloaded. Raises FileNotFoundError where that fails and ValueError where a file does not fit.
     """
+    if init is not None:
+        return start_from(model, init)
     if str(sam_weight) == "none" or (sam_weight is None and sam_model not in SAM_FILES):
         return f"{sam_model} starts from random weights"
     path = Path(sam_weight) if sam_weight else SAM_FOLDER / SAM_FILES[sam_model]
     if not path.exists():
         download_sam(path)
     return str(load_sam_checkpoint(model, path))
+
+
+def start_from(model: USam, path: Path) -> str:
+    """Put those weights of another U-SAM's checkpoint into `model` that fit; one line on the rest.
+
+    Tables of positions are resized to the model's token grid; what depends on the classes stays
+    at init where their number differs. Raises ValueError where nothing of the encoder fits.
+    """
+    state, own = read_checkpoint(path)["model"], model.state_dict()
+    known = {
+        n: resize(v, n.removeprefix("sam."), own[n].shape) for n, v in state.items() if n in own
+    }
+    fitting = {name: value for name, value in known.items() if value.shape == own[name].shape}
+    if not any(name.startswith("sam.image_encoder.blocks.") for name in fitting):
+        raise ValueError(f"{path}: no encoder block fits; was it trained with another --sam_model?")
+    model.load_state_dict(fitting, strict=False)
+    left = sorted(own.keys() - fitting.keys())
+    return f"{path}: {len(fitting)} tensors taken, left at init: {', '.join(left) or 'none'}"
 
 
 def load_sam_checkpoint(model: USam, path: str | Path) -> Report:
