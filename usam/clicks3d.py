@@ -23,12 +23,17 @@ from usam.prompts import next_clicks
 NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored
 THRESHOLD = 0.0  # logit above which a voxel is in the object: probability 0.5, in all of training,
 # validation and prediction; the published code trains with it and predicts with logit 0.5
+CHOICES = {  # where published training and inference disagree; a checkpoint keeps them
+    "prompt_mode": "clicks",
+    "clicks": "accumulate",
+    "threshold": THRESHOLD,
+}
 DECAY_AT = (0.6, 0.9)  # of the training: epochs 120 and 180 of 200, as published
 
 Normalise = Callable[[Tensor], Tensor]
 
 
-def click_step(normalise: Normalise, device: torch.device) -> TrainingStep:
+def click_step(normalise: Normalise, device: torch.device, num_rounds: int) -> TrainingStep:
     """The training step of SAM-Med3D: rounds of clicks inside the model's forward, then the loss.
 
     normalise: crops (N, 1, S, S, S) of any dtype to float32, on the device.
@@ -36,7 +41,7 @@ def click_step(normalise: Normalise, device: torch.device) -> TrainingStep:
 
     def step(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         volume, mask = crops_to_device(batch, normalise, device)
-        logits = model(volume, mask, generator)
+        logits = model(volume, mask, generator, num_rounds=num_rounds)
         return rounds_loss(getattr(model, "module", model), logits, mask)
 
     return step

@@ -36,6 +36,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Print on the main process."""
+    if is_main():
+        print(text, flush=True)
+
+
 def start(device: str, *, num_processes: int = 1, dist_url: str = "env://") -> torch.device:
     """The device this process computes on, after it joined the others where there are any.
 

@@ -36,8 +36,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "epochs": 200,
         "batch_size": 12,
         "accumulation_steps": 20,
-        "lr": 8e-4,
+        "lr": 8e-5,
+        "lr_vit": 8e-4,
         "weight_decay": 0.1,
+        "rounds": 11,
         "clicks": "random",
     },
 }
@@ -99,11 +101,11 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     train("--epochs", type=positive, help="passes over the training data (100; 200)")
     train("--batch_size", type=positive, help="samples a batch and process (24; 12)")
     train("--accumulation_steps", type=positive, help="batches a step (1; 20)")
-    train("--lr", type=non_negative,
-        help="rate of decoder and prompts (1e-3); sam-med3d: of the encoder (8e-4)")  # fmt: skip
-    train("--lr_vit", type=non_negative, help="rate of SAM's encoder (1e-4)")
+    train("--lr", type=non_negative, help="rate of decoder and prompts (1e-3; 8e-5)")
+    train("--lr_vit", type=non_negative, help="rate of SAM's encoder (1e-4; 8e-4)")
     train("--lr_backbone", type=non_negative, help="rate of the down path (1e-4)")
     train("--weight_decay", type=non_negative, help="AdamW's (1e-4; 0.1)")
+    train("--rounds", type=positive, help="sam-med3d: clicks simulated in a training step (11)")
     train("--warmup", action="store_true", help="ramp the rates up over half an epoch")
     train("--clip_max_norm", type=non_negative, default=0.0, help="gradient norm limit (0: off)")
     train("--seed", type=count, default=202307, help="of everything drawn at random (202307)")

@@ -265,13 +265,13 @@ class SamMed3d(nn.Module):
             answers.append(logits)
         return torch.cat(answers, dim=1)
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """AdamW groups of what is trained: the encoder at lr, prompts and decoder at lr / 10."""
-        modules = {
-            "image_encoder": lr,
-            "prompt_encoder": 0.1 * lr,
-            "mask_decoder": 0.1 * lr,
-        }
+    def parameter_groups(self, lr_vit: float, lr: float | None = None) -> list[dict[str, Any]]:
+        """AdamW groups of what is trained: the encoder at lr_vit, prompts and decoder at lr.
+
+        Without lr the latter are trained at a tenth of lr_vit, as published.
+        """
+        lr = 0.1 * lr_vit if lr is None else lr
+        modules = {"image_encoder": lr_vit, "prompt_encoder": lr, "mask_decoder": lr}
         return [
             {
                 "params": [p for p in self.get_submodule(name).parameters() if p.requires_grad],

@@ -15,8 +15,24 @@ import torch
 from torch import Tensor, nn
 
 ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
+PUBLISHED = Path("weight/sam_med3d_turbo.pth")
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 POINT_EMBEDDING = "prompt_encoder.point_embeddings."
+
+
+def starting_weights(
+    sam_model: str, sam_weight: str | Path | None
+) -> tuple[Path | None, dict[str, Tensor] | None, int]:
+    """What --sam_weight names: the file, its tensors and how many point embeddings they have.
+
+    sam_weight: a file, `none` for random weights (None, None, 2), or None for the published file
+    in weight/, of the one size it has. Raises what load_sam_med3d_checkpoint raises.
+    """
+    if str(sam_weight) == "none" or (sam_weight is None and sam_model != "vit_b_ori"):
+        return None, None, 2
+    path = Path(sam_weight or PUBLISHED)
+    state, facts = load_sam_med3d_checkpoint(path)
+    return path, state, facts["num_point_embeddings"]
 
 
 def load_sam_med3d_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,225 @@
+"""SAM-Med3D's half of u-sam.py: volumes and clicks where the other half has slices and labels.
+
+u-sam.py calls `run_volumes` for --model sam-med3d and lends it the epoch loop. This file alone,
+beside u-sam.py, sees both `dataset` and `usam`, and the flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset import VolumeStore, build_volumes, open_volumes
+from dataset.crops import click_origin, crop_at, normalise
+from dataset.scan_slices import find_scans, output_names
+from dataset.volume_scans import SPACING, ScanVolume, read_label_volume, read_volume
+from usam import checkpoint, clicks3d, distributed, evaluate3d, predict3d, weights3d
+from usam.distributed import say
+from usam.engine import Precision
+from usam.job import Job
+from usam.loaders import evaluation_loader
+from usam.model3d import SamMed3d, build_sam_med3d
+from usam.scan_output import class_volumes, count_voxels
+from usam.windows3d import MAX_WINDOWS, Encoder, Voxel
+
+Saved = dict[str, Any] | None
+Train = Callable[[Namespace, Precision, Job, Saved], None]
+
+
+def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Train) -> None:
+    """Training with `train`, evaluation or prediction, as the flags say."""
+    torch.manual_seed(args.seed)
+    model = starting_model(args, saved)
+    model.to(precision.device)
+    if args.predict:
+        predict_volumes(args, precision, model)
+        return
+    with distributed.main_process_first():
+        store = open_volumes(args.dataset, args.data_root)
+    for line in store.dropped:
+        say(f"left out: {line}")
+    if args.eval:
+        evaluate_volumes(args, precision, model, store)
+    else:
+        train(args, precision, volumes_job(args, precision, model, store), saved)
+
+
+def starting_model(args: Namespace, saved: Saved) -> SamMed3d:
+    """The network with the weights of --resume, else of --sam_weight; says which."""
+    if saved:
+        state, num_points = saved["model"], saved["data"]["num_point_embeddings"]
+        source = args.resume
+    else:
+        source, state, num_points = weights3d.starting_weights(args.sam_model, args.sam_weight)
+    model = build_sam_med3d(args.sam_model, args.rel_pos, num_points)
+    if saved:
+        checkpoint.load_model_state(model, state, args.resume)
+    elif state is not None:
+        weights3d.load_sam_med3d_weights(model, state)
+    elif args.eval or args.predict:
+        raise ValueError("random weights know nothing: name --resume or a --sam_weight file")
+    size = f"SAM-Med3D {args.sam_model}, {model.side} voxels a side, {args.rel_pos} positions"
+    say(f"{size}: {source or 'random weights'}")
+    return model
+
+
+# ------------------------------------------------------------------ training
+
+
+def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore) -> Job:
+    """SAM-Med3D's training on the objects of `store`, with held-out ones to choose the best by."""
+    train, val = (objects_of(args, split, model, store) for split in ("train", "val"))
+    million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    say(f"{million:.1f} M trained parameters; {args.dataset}: objects of {len(train.case_ids)} "
+        f"cases to train on, {len(val)} of {len(val.case_ids)} to validate on")  # fmt: skip
+    if not len(val):
+        say("too few training cases to set some aside: best.pth holds the last epoch")
+    how = {"num_workers": args.num_workers, "batch_size": args.batch_size}
+    validate = partial(
+        clicks3d.click_dice, model, evaluation_loader(val, **how), normalise=normalise,
+        precision=precision, seed=args.seed,
+    )  # fmt: skip
+    return Job(
+        model=model,
+        groups=model.parameter_groups(args.lr_vit, args.lr),
+        data=train,
+        step=clicks3d.click_step(normalise, precision.device, args.rounds),
+        validate=validate if len(val) else None,
+        shown=lambda summary: summary["dice"],
+        info=train.info | model.config | clicks3d.CHOICES,
+        decay_at=clicks3d.DECAY_AT,
+    )
+
+
+def objects_of(args: Namespace, split: str, model: SamMed3d, store: VolumeStore) -> Any:
+    """The objects of a split, of the classes that --classes names."""
+    return build_volumes(
+        args.dataset, split, side=model.side, seed=args.seed, val_fraction=args.val_fraction,
+        only=args.classes, flips=not args.no_flips, store=store,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate_volumes(
+    args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore
+) -> None:
+    """Print and save what a simulated user reaches on whole test volumes, click by click."""
+    data = objects_of(args, "test", model, store)
+    model.eval()
+    items = [
+        evaluate3d.Item(number, store.cases[number]["id"], label, store.classes[label])
+        for number, label in data.objects
+    ]
+
+    def open_case(number: int) -> tuple[Encoder, np.ndarray]:
+        image, label = store.read(number)
+        return encoder_of(image, model, precision), label
+
+    scores, failed = evaluate3d.evaluate_objects(
+        items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
+    )
+    if not distributed.is_main():
+        return
+    facts = {
+        "checkpoint": str(args.resume or args.sam_weight), "dataset": args.dataset,
+        "split": "test", "cases": len(data.case_ids), "clicks": args.clicks,
+    }  # fmt: skip
+    folder = args.output_dir
+    summary = evaluate3d.write_report(folder, items, scores, failed=failed, facts=facts)
+    print(evaluate3d.format_clicks(summary))
+    print(f"scores: {folder / 'metrics.json'}, {folder / 'clicks.csv'}\n"
+          f"curves: {folder / 'clicks.png'}")  # fmt: skip
+
+
+def encoder_of(image: np.ndarray, model: SamMed3d, precision: Precision) -> Encoder:
+    """What encodes windows of a volume (X, Y, Z) at 1.5 mm, cut and scaled as in training."""
+
+    def read(origin: Voxel, side: int) -> torch.Tensor:
+        crop = torch.from_numpy(crop_at(image, origin, side))[None, None]
+        return normalise(crop.to(precision.device))
+
+    return Encoder(model, image.shape, read=read, precision=precision)
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def predict_volumes(args: Namespace, precision: Precision, model: SamMed3d) -> None:
+    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
+    scans = find_scans(args.predict)
+    if len(scans) > 1 and not args.prompts:
+        raise ValueError(f"--point and --box mark one scan, --predict names {len(scans)}; "
+                         "use --prompts FILE")  # fmt: skip
+    if len(scans) > 1 and args.init_mask:
+        raise ValueError(f"--init_mask is for one scan, --predict names {len(scans)}")
+    model.eval()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    named = list(zip(scans, output_names(scans), strict=True))
+    failures = 0
+    for path, name in named[distributed.rank() :: distributed.world_size()]:
+        try:
+            print(predict_volume(args, precision, model, path, name), flush=True)
+        except (ValueError, OSError) as error:
+            if len(scans) == 1:
+                raise
+            failures += 1
+            print(f"u-sam.py: error: {error}", file=sys.stderr, flush=True)
+    failures = int(distributed.reduce_sum(torch.tensor(failures)))
+    if failures:
+        raise ValueError(f"{failures} of {len(scans)} scans were not segmented, see above")
+
+
+def predict_volume(
+    args: Namespace, precision: Precision, model: SamMed3d, path: Path, name: str
+) -> str:
+    """Write NAME_seg.nii.gz and NAME_seg.json of one scan; lines on what was found."""
+    if args.prompts:
+        prompts = predict3d.read_prompts3d(args.prompts, path.name)
+    else:
+        prompts = predict3d.prompts3d_from_flags(args.point, args.box, mm=args.mm)
+    scan = read_volume(path, args.channel)
+    known = read_label_volume(args.init_mask, scan.grid) if args.init_mask else None
+    label, rows = predict3d.segment(
+        encoder_of(scan.image, model, precision), prompts,
+        to_voxels=partial(scan.clicks, mm=prompts.mm), place=click_origin, init_mask=known,
+    )  # fmt: skip
+    target = args.output_dir / f"{name}_seg.nii.gz"
+    scan.save(target, label)
+    rows = with_volumes(rows, label, scan)
+    facts = {
+        "input": path.name, "checkpoint": str(args.resume or args.sam_weight),
+        "model": f"sam-med3d {args.sam_model}",
+    }  # fmt: skip
+    predict3d.write_rows(args.output_dir / f"{name}_seg.json", rows, facts)
+    told = [f"{row['name']} {row['volume_ml']:.1f} ml, {row['points']} points, "
+            f"{row['windows']} windows" for row in rows]  # fmt: skip
+    for row in rows:
+        if "clicked" in row.get("box", ""):
+            told.append(f"{row['name']}: this model knows no boxes; {row['box']}")
+        if row["stopped_early"]:
+            told.append(f"{row['name']}: goes on after {MAX_WINDOWS} windows; "
+                        "click again where it ends")  # fmt: skip
+    return f"{target}: " + "\n  ".join(told)
+
+
+def with_volumes(
+    rows: list[dict[str, Any]], label: np.ndarray, scan: ScanVolume
+) -> list[dict[str, Any]]:
+    """The objects' rows with their voxels in the scan and their volumes in ml."""
+    labels = [row["label"] for row in rows]
+    voxels = count_voxels(scan.restore(label), 256)[labels].tolist()
+    names = [row["name"] for row in rows]
+    sizes = class_volumes(voxels, names, [""] * len(rows), scan.grid.header.affine)
+    return [
+        row | {"voxels": size["voxels"], "volume_ml": size["volume_ml"]}
+        for row, size in zip(rows, sizes, strict=True)
+    ]

@@ -1,0 +1,27 @@
+"""Loaders over any of the data sets: how training and evaluation hand out samples.
+
+u-sam.py and sam_med3d.py make theirs here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from usam.distributed import EvaluationShard
+
+
+def loader_for(data: Dataset, num_workers: int, **how: Any) -> DataLoader:
+    """A loader over `data`; `how` names the sampler or batch sampler."""
+    return DataLoader(
+        data, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0, generator=torch.Generator(), **how,
+    )  # fmt: skip
+
+
+def evaluation_loader(data: Dataset, *, num_workers: int, batch_size: int) -> DataLoader:
+    """A loader over this process's share of `data`, each sample once among all processes."""
+    shard = EvaluationShard(len(data))
+    return loader_for(data, num_workers, sampler=shard, batch_size=batch_size)
