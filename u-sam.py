@@ -75,7 +75,7 @@ def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | No
             f"{args.resume} was trained on {len(saved['data']['classes'])} classes, "
             f"--dataset {args.dataset} has {len(classes)}"
         )
-    torch.manual_seed(args.seed)
+    checkpoint.seed_generators(args.seed)
     model = build_usam(args.sam_model, num_classes=len(classes), img_size=args.img_size)
     if saved:
         checkpoint.load_model_state(model, saved["model"], args.resume)

@@ -44,6 +44,13 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         raise OSError(f"could not save {path}: {error}") from error
 
 
+def seed_generators(seed: int) -> None:
+    """Seed every global random generator that `random_state` records."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every global random generator, as plain types."""
     numpy_state = np.random.get_state(legacy=False)
