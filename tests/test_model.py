@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fill import fill_state_dict, image
+from tests.fill import fill, image
 from usam.model import USam, build_usam
 
 FROZEN = "sam.prompt_encoder.point_embeddings.0.weight"
@@ -21,14 +21,20 @@ PUBLISHED_PARAMETERS = 104_155_791
 CASES = ["224_c3_p0", "224_c3_p1", "224_c3_p2", "224_c3_p3", "224_c17_p0", "256_c3_p0"]
 
 
+@functools.cache  # the models share nearly all tensors, and drawing them takes seconds
+def filled(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(fill(name, shape))
+
+
 @functools.lru_cache(maxsize=1)  # ViT-B, 0.4 GB: one at a time
 def filled_model(num_classes: int, img_size: int) -> USam:
     model = build_usam("vit_b", num_classes, img_size).eval()
-    model.load_state_dict(fill_state_dict(model.state_dict()))
+    values = {name: filled(name, tuple(value.shape)) for name, value in model.state_dict().items()}
+    model.load_state_dict(values)
     return model
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request, recorded):
     """A recorded case, the model it belongs to and its image."""
     numbers = dict(np.load(recorded / f"usam_{request.param}.npz"))
