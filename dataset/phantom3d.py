@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataset.slices import move_into_place
 from dataset.volume_store import VolumeStore, write_volume, write_volume_index
 
-VERSION = 1  # raised whenever the same seed draws other volumes
+VERSION = 2  # raised whenever the same seed draws other volumes
 SIZE = 96  # voxels a side
 SPACING = 1.5  # mm
 KNOTS = 7  # of the smooth fields that bend the anatomy, along each axis
@@ -29,32 +29,35 @@ CLASSES = [
         [
             ("background", "#000000"),
             ("liver", "#a65628"),
-            ("spleen", "#984ea3"),
+            ("stomach", "#ff7f00"),
             ("left kidney", "#377eb8"),
             ("right kidney", "#4daf4a"),
-            ("stomach", "#ff7f00"),
             ("aorta", "#e41a1c"),
+            ("duodenum", "#984ea3"),
             ("small bowel", "#f0e442"),
             ("colon", "#f781bf"),
         ]
     )
 ]
-LIVER, SPLEEN, LEFT_KIDNEY, RIGHT_KIDNEY, STOMACH, AORTA, SMALL_BOWEL, COLON = range(1, 9)
-AIR, FAT, MUSCLE, BONE = -1000.0, -100.0, 55.0, 320.0  # HU
+LIVER, STOMACH, LEFT_KIDNEY, RIGHT_KIDNEY, AORTA, DUODENUM, SMALL_BOWEL, COLON = range(1, 9)
+AIR, FAT, MUSCLE, BONE, WALL = -1000.0, -100.0, 55.0, 320.0, 95.0  # HU
 # Organ: middle (x, y, z) and radii, voxels, RAS. Larger ones first: a later organ takes its place
 # from an earlier one, so that neighbours touch.
 ORGANS = {
-    LIVER: ((66, 55, 63), (19, 21, 18)),
-    STOMACH: ((38, 62, 61), (15, 13, 15)),
-    SPLEEN: ((22, 40, 63), (9, 13, 13)),
-    LEFT_KIDNEY: ((28, 31, 41), (9, 9, 13)),
-    RIGHT_KIDNEY: ((67, 31, 38), (9, 9, 13)),
+    LIVER: ((64, 55, 67), (20, 20, 17)),
+    STOMACH: ((35, 60, 66), (16, 14, 15)),
+    LEFT_KIDNEY: ((28, 31, 47), (9, 9, 13)),
+    RIGHT_KIDNEY: ((67, 31, 44), (9, 9, 13)),
 }
-VISCERA = ((47, 58, 27), (28, 19, 16))  # bowel and colon share it, parted by a wavy sheet
-SHIFT, STRETCH = 2.5, 0.12  # of a middle (voxels) and of radii (share), standard deviations
+# Six loops of gut, two of each kind in any of these places. Nothing but a click tells whose loop
+# is whose: one click gives one loop, further clicks the other.
+GUT = (DUODENUM, SMALL_BOWEL, COLON)
+LOOPS = tuple((x, 56, z) for z in (15, 36) for x in (27, 47, 67))
+LOOP_RADII = (11, 14, 11)
+SHIFT, STRETCH = 2.0, 0.1  # of a middle (voxels) and of radii (share), standard deviations
 ENHANCED = (70.0, 130.0)  # HU of solid organs, drawn for each patient and organ
 BLOOD = (140.0, 220.0)
-GUT = (30.0, 60.0)  # bowel and colon have one value, so that only clicks tell them apart
+CONTENT = (10.0, 60.0)  # of the gut, drawn for each loop
 NOISE = 14.0  # HU
 
 
@@ -142,40 +145,39 @@ def draw_case(
     image = np.where(depth < 1, np.where(depth < 0.87, MUSCLE, FAT), AIR).astype(np.float32)
     image[ellipsoid(place, (47.5, 45, 47.5), (37, 29, 1e6)) < 1] = FAT  # around the organs
     image[ellipsoid(place, (47.5, 19, 47.5), (8, 8, 1e6)) < 1] = BONE
-    mask = draw_organs(rng, place)
-    values = organ_values(rng)
+    mask = draw_organs(rng, place, image)
     labelled = mask > 0
-    image[labelled] = values[mask[labelled]]
     image[labelled] += smooth_field(rng, 6.0, knots=24)[labelled]  # texture
     image = blurred(image) + NOISE * rng.standard_normal(image.shape, dtype=np.float32)
     return np.rint(image).clip(-1024, 3071).astype(np.int16), mask
 
 
-def draw_organs(rng: np.random.Generator, place: list[NDArray]) -> NDArray[np.uint8]:
-    """Class ids (SIZE, SIZE, SIZE); place holds each voxel's bent coordinates, three arrays."""
-    mask = np.zeros((SIZE, SIZE, SIZE), dtype=np.uint8)
+def draw_organs(
+    rng: np.random.Generator, place: list[NDArray], image: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Class ids (SIZE, SIZE, SIZE), and the organs' HU painted into the image.
+
+    place holds each voxel's bent coordinates, three arrays.
+    """
+    mask = np.zeros(image.shape, dtype=np.uint8)
     cavity = ellipsoid(place, (47.5, 45, 47.5), (36, 28, 1e6)) < 1
+    kidneys = rng.uniform(*BLOOD)
     for organ, (middle, radii) in ORGANS.items():
-        mask[(varied(rng, place, middle, radii) < 1) & cavity] = organ
-    viscera = (varied(rng, place, *VISCERA) < 1) & cavity & (mask == 0)
-    tilt = rng.normal(0, 0.5, 2)
-    sheet = place[0] - 47 + tilt[0] * (place[1] - 58) + tilt[1] * (place[2] - 27)
-    sheet = sheet + smooth_field(rng, 5.0) + rng.normal(0, 5)
-    mask[viscera] = np.where(sheet[viscera] < 0, COLON, SMALL_BOWEL)
+        inside = (varied(rng, place, middle, radii) < 1) & cavity
+        solid = rng.uniform(*ENHANCED)
+        mask[inside] = organ
+        image[inside] = kidneys if organ in (LEFT_KIDNEY, RIGHT_KIDNEY) else solid
+    for organ, middle in zip(rng.permutation(GUT * 2), LOOPS, strict=True):
+        field = varied(rng, place, middle, LOOP_RADII)
+        inside = (field < 1) & cavity
+        mask[inside] = organ
+        image[inside] = np.where(field[inside] < 0.7, rng.uniform(*CONTENT), WALL)
     bend = 4 * np.sin(place[2] / SIZE * 2 * np.pi + rng.uniform(0, 2 * np.pi))
-    tube = np.square(place[0] - 44 - bend) + np.square(place[1] - 32)
-    mask[tube < np.square(rng.uniform(5.5, 7.0))] = AORTA
+    tube = np.square(place[0] - 46 - bend) + np.square(place[1] - 32)
+    inside = tube < np.square(rng.uniform(5.5, 7.0))
+    mask[inside] = AORTA
+    image[inside] = rng.uniform(*BLOOD)
     return mask
-
-
-def organ_values(rng: np.random.Generator) -> NDArray[np.float32]:
-    """HU by class id for one patient; neighbours may well look the same."""
-    values = rng.uniform(*ENHANCED, size=len(CLASSES))
-    values[[STOMACH]] = values[LIVER] - rng.uniform(0, 25)
-    values[AORTA] = rng.uniform(*BLOOD)
-    values[RIGHT_KIDNEY] = values[LEFT_KIDNEY] = rng.uniform(*BLOOD)
-    values[[SMALL_BOWEL, COLON]] = rng.uniform(*GUT)
-    return values.astype(np.float32)
 
 
 def varied(
