@@ -40,7 +40,7 @@ def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) ->
     lines += ["", f"{'id':>3} {'class':<22}{'objects':>9}{'voxels':>14}"]
     for row in index["classes"][1:]:
         holders = [case for case in index["cases"] if row["id"] in case["objects"]]
-        voxels = sum(plane[row["id"]] for case in holders for plane in case["pixels"])
+        voxels = sum(sum(case["pixels"][str(row["id"])]) for case in holders)
         lines.append(f"{row['id']:>3} {row['name']:<22.22}{len(holders):>9}{voxels:>14}")
     dropped = [line for case in index["cases"] for line in case["dropped"]]
     if dropped:

@@ -21,14 +21,14 @@ from dataset.places import packed_place, packed_places
 from dataset.scan_header import Scan
 from dataset.scans import geometry_difference, read_label
 from dataset.slices import Entry
-from dataset.sources import CaseFiles, Source
+from dataset.sources import CaseFiles, Source, class_table
 from dataset.splits import hold_out, write_json
-from dataset.store_folder import check_names, check_output, classes_seen, pack_all, sweep
+from dataset.store_folder import check_names, check_output, pack_all, sweep
 from dataset.volume_scans import Grid, ScanVolume, read_volume, resample_label
 from dataset.volume_sources import LAYOUT, class_of, find_volumes, is_layout, patient_of
 from dataset.volume_store import VolumeStore, case_bytes, write_volume, write_volume_index
 
-PACKING = 1  # raise it when packing changes: cases packed by older rules are then packed again
+PACKING = 2  # raise it when packing changes: cases packed by older rules are then packed again
 MIN_VOLUME = 1.0  # cm3
 
 
@@ -115,10 +115,11 @@ def prepare_volumes(
             f"no structure of {min_volume:g} cm3 or more in {len(entries)} cases; lower"
             " --min_volume or check the labels"
         )
+    highest = max(int(number) for entry in entries for number in entry["boxes"])
     digest = hashlib.sha256("".join(entry["source"] for entry in entries).encode())
     index = {
         "dataset": source.name,
-        "classes": source.classes or classes_seen(entries),
+        "classes": source.classes or class_table([f"class {n}" for n in range(1, highest + 1)]),
         "min_volume": min_volume,
         "source": digest.hexdigest(),
         "listing": listing,

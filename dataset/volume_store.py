@@ -46,8 +46,8 @@ def write_volume(
 
     image int16 or float32, mask uint8 class ids, both (X, Y, Z). entry: at least id, split and
     file. objects: the ids worth segmenting, every id present if None. Filled in: shape, dtype,
-    pixels (count per id in each plane of the first axis), boxes ({id: [first voxel, one past the
-    last]}) and objects. Raises ValueError for other arrays.
+    boxes ({id: [first voxel, one past the last]}), pixels ({id: count in each plane of its box
+    along the first axis}) and objects. Raises ValueError for other arrays.
     """
     folder, file = Path(folder), check_name(entry.get("file"), f"{folder}: case file")
     if image.dtype.name not in DTYPES or mask.dtype != np.uint8 or image.shape != mask.shape:
@@ -58,9 +58,7 @@ def write_volume(
     (folder / "cases").mkdir(parents=True, exist_ok=True)
     save_array(folder / "cases" / f"{file}.image.npy", image)
     save_array(folder / "cases" / f"{file}.mask.npy", mask)
-    num_labels = int(mask.max(initial=0)) + 1
-    pixels = [np.bincount(plane.ravel(), minlength=num_labels).tolist() for plane in mask]
-    boxes = {str(number): box for number, box in _boxes(mask, pixels).items()}
+    boxes, pixels = _measured(mask)
     present = [int(number) for number in boxes]
     blank = {"spacing": [1.5, 1.5, 1.5], "affine": None, "patient": entry.get("id"), "dropped": []}
     return {
@@ -74,31 +72,29 @@ def write_volume(
     }
 
 
-def _boxes(mask: np.ndarray, pixels: list[list[int]]) -> dict[int, list[list[int]]]:
-    boxes = {}
-    for number in range(1, len(pixels[0])):
-        planes = [x for x, row in enumerate(pixels) if row[number]]
-        if not planes:
-            continue
-        inside = mask[planes[0] : planes[-1] + 1] == number
-        spans = [(planes[0], planes[-1] + 1)]
+def _measured(mask: np.ndarray) -> tuple[Entry, Entry]:
+    """Boxes and counts per plane of each label but 0."""
+    num_labels = int(mask.max(initial=0)) + 1
+    counts = np.array([np.bincount(plane.ravel(), minlength=num_labels) for plane in mask])
+    boxes, pixels = {}, {}
+    for number in np.flatnonzero(counts.any(axis=0)[1:]) + 1:
+        planes = np.flatnonzero(counts[:, number])
+        spans = [(int(planes[0]), int(planes[-1]) + 1)]
+        inside = mask[slice(*spans[0])] == number
         for axis in (1, 2):
             found = np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis})))
             spans.append((int(found[0]), int(found[-1]) + 1))
-        boxes[number] = [[low for low, _ in spans], [high for _, high in spans]]
-    return boxes
+        boxes[str(number)] = [[low for low, _ in spans], [high for _, high in spans]]
+        pixels[str(number)] = counts[slice(*spans[0]), number].tolist()
+    return boxes, pixels
 
 
 def write_volume_index(folder: Path | str, index: Entry) -> Path:
     """Path of the store's index, written last and at once, cases sorted by file name.
 
-    Counts are padded to the class table, and what is written is checked as on reading.
+    What is written is checked as on reading.
     """
-    path, num_classes = Path(folder) / "index.json", len(index.get("classes", ()))
-    cases = [
-        {**case, "pixels": [row + [0] * (num_classes - len(row)) for row in case["pixels"]]}
-        for case in sorted(index["cases"], key=lambda case: case["file"])
-    ]
+    path, cases = Path(folder) / "index.json", sorted(index["cases"], key=lambda c: c["file"])
     index = {**index, "format": FORMAT, "orientation": "RAS", "cases": cases}
     check_volume_index(index, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,26 +130,25 @@ def _check_case(case: Entry, where: str, num_classes: int) -> None:
         raise ValueError(f"{where}: text id and patient and a split of {'/'.join(SPLITS)} wanted")
     if not (_is_voxel(shape) and min(shape) > 0 and case["dtype"] in DTYPES):
         raise ValueError(f"{where}: shape [X, Y, Z] and dtype {' or '.join(DTYPES)} wanted")
-    pixels, boxes, objects = case["pixels"], case["boxes"], case["objects"]
-    if not isinstance(pixels, list) or len(pixels) != shape[0]:
-        raise ValueError(f"{where}: label counts of {shape[0]} planes wanted")
-    for row in pixels:
-        if not (
-            isinstance(row, list)
-            and len(row) == num_classes
-            and all(type(n) is int and n >= 0 for n in row)
-        ):
-            raise ValueError(f"{where}: labels outside the {num_classes} classes of the table")
-    if not (
-        isinstance(boxes, dict) and isinstance(objects, list) and isinstance(case["dropped"], list)
-    ):
-        raise ValueError(f"{where}: a table of boxes and lists of objects and dropped wanted")
-    for number in objects:
-        known = type(number) is int and 0 < number < num_classes
-        if not known or not _is_box(boxes.get(str(number)), shape):
-            raise ValueError(f"{where}: object {number!r:.40} has no class or no box inside")
-        if not any(row[number] for row in pixels):
-            raise ValueError(f"{where}: object {number} has no voxel")
+    boxes, pixels = case["boxes"], case["pixels"]
+    lists = isinstance(case["objects"], list) and isinstance(case["dropped"], list)
+    if not (lists and isinstance(boxes, dict) and isinstance(pixels, dict)):
+        raise ValueError(
+            f"{where}: tables of boxes and pixels, lists of objects and dropped wanted"
+        )
+    for number in case["objects"]:
+        if not (type(number) is int and 0 < number < num_classes):
+            raise ValueError(f"{where}: object {number!r:.40} is not in the class table")
+        box, counts = boxes.get(str(number)), pixels.get(str(number))
+        if not _is_box(box, shape):
+            raise ValueError(f"{where}: object {number} has no box inside the volume")
+        if not _are_counts(counts, box[1][0] - box[0][0]):
+            raise ValueError(f"{where}: object {number} has no voxel counts of its box's planes")
+
+
+def _are_counts(value: object, length: int) -> bool:
+    whole = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return whole and len(value) == length and any(value)
 
 
 def _is_voxel(value: object) -> bool:
@@ -230,7 +225,7 @@ class VolumeStore:
 
     def voxels(self, case_number: int, label: int) -> int:
         """How many voxels of a case carry the label."""
-        return sum(row[label] for row in self.cases[case_number]["pixels"])
+        return sum(self.cases[case_number]["pixels"].get(str(label), ()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": OrderedDict()}

@@ -228,14 +228,15 @@ class VolumeDataset(Dataset):
 
     def _random_voxel(self, number: int, class_id: int, rng: np.random.Generator) -> np.ndarray:
         """Any voxel (3,) of an object, each with equal chance; reads one plane."""
-        counts = np.array([row[class_id] for row in self.store.cases[number]["pixels"]])
-        x = int(rng.choice(len(counts), p=counts / counts.sum()))
+        counts = np.array(self.store.cases[number]["pixels"][str(class_id)])
+        x = self._box(number, class_id)[0, 0] + rng.choice(len(counts), p=counts / counts.sum())
         found = self._in_plane(number, class_id, x)
         return np.array([x, *found[rng.integers(len(found))]])
 
     def _inner_voxel(self, number: int, class_id: int) -> np.ndarray:
         """The voxel (3,) nearest to the object's middle in the plane that shows most of it."""
-        x = int(np.argmax([row[class_id] for row in self.store.cases[number]["pixels"]]))
+        counts = self.store.cases[number]["pixels"][str(class_id)]
+        x = self._box(number, class_id)[0, 0] + np.argmax(counts)
         found = self._in_plane(number, class_id, x)
         distance = np.square(found - found.mean(axis=0)).sum(axis=1)
         return np.array([x, *found[distance.argmin()]])
@@ -244,5 +245,5 @@ class VolumeDataset(Dataset):
         found = np.argwhere(self.store.read(number)[1][x] == class_id)
         if not len(found):
             case = self.store.cases[number]["file"]
-            raise ValueError(f"{self.store.folder}: case {case}: mask and index differ; prepare it")
+            raise ValueError(f"{self.store.folder}: case {case}: mask and index differ")
         return found

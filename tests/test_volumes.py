@@ -387,11 +387,12 @@ TABLE = [{"id": 0, "name": "background"}, {"id": 1, "name": "thing"}]
         ({"file": "../up"}, "not a plain file name"),
         ({"shape": [8, 8]}, "shape"),
         ({"dtype": "object"}, "dtype"),
-        ({"objects": [2]}, "object 2"),
+        ({"objects": [2]}, "object 2 is not"),
         ({"objects": [True]}, "object True"),
         ({"boxes": {"1": [[0, 0, 0], [9, 8, 8]]}}, "no box inside"),
-        ({"pixels": [[1, 0]] * 8}, "no voxel"),
-        ({"pixels": [[1]] * 8}, "labels outside"),
+        ({"pixels": {"1": [0, 0, 0]}}, "no voxel counts"),
+        ({"pixels": {"1": [9] * 8}}, "no voxel counts"),
+        ({"pixels": [1, 2]}, "tables of boxes"),
     ],
 )
 def test_hostile_indexes_are_refused(tmp_path: Path, change: dict, text: str) -> None:
