@@ -5,7 +5,7 @@ The one copy of SAM-Med3D's crop: training, evaluation and prediction all take t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -80,3 +80,12 @@ def crop_at(volume: np.ndarray, origin: ArrayLike, side: int) -> np.ndarray:
     inside, own = overlap(origin, side, volume.shape)
     crop[own] = volume[inside]
     return crop
+
+
+def crop_reader(volume: np.ndarray) -> Callable[[ArrayLike, int], Tensor]:
+    """A function (origin, side) -> normalised crop (1, 1, S, S, S) float32 of the volume."""
+
+    def read(origin: ArrayLike, side: int) -> Tensor:
+        return normalise(torch.from_numpy(crop_at(volume, origin, side))[None, None])
+
+    return read

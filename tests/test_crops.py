@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.crops import box_origin, click_origin, crop_at, normalise, overlap
+from dataset.crops import box_origin, click_origin, crop_at, crop_reader, normalise, overlap
 from dataset.scans import read_label
 from dataset.volume_scans import ScanVolume, grid_of, read_label_volume, read_volume
 
@@ -289,6 +289,12 @@ def test_cubes_are_cut_and_set_back() -> None:
             held = all(0 <= place[axis] - origin[axis] < 8 for axis in range(3))
             assert back[place] == (volume[place] if held else 0)
         assert np.count_nonzero(crop) == np.count_nonzero(back)
+
+
+def test_a_reader_gives_normalised_crops() -> None:
+    volume = np.random.default_rng(0).integers(-100, 100, (20, 9, 12), dtype=np.int16)
+    wanted = normalise(torch.from_numpy(crop_at(volume, (-2, 3, 4), 16))[None, None])
+    torch.testing.assert_close(crop_reader(volume)((-2, 3, 4), 16), wanted, rtol=0, atol=0)
 
 
 def test_places_of_boxes_and_clicks() -> None:
