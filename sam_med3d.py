@@ -35,7 +35,7 @@ Train = Callable[[Namespace, Precision, Job, Saved], None]
 
 def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Train) -> None:
     """Training with `train`, evaluation or prediction, as the flags say."""
-    torch.manual_seed(args.seed)
+    checkpoint.seed_generators(args.seed)
     model = starting_model(args, saved)
     model.to(precision.device)
     if args.predict:

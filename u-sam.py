@@ -206,7 +206,10 @@ def restore(
             raise ValueError(
                 f"{args.resume} holds weights only; go on from last.pth, or evaluate it with --eval"
             )
+        flags = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, (rate, decay) in zip(optimizer.param_groups, flags, strict=True):
+            group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
         if saved["scaler"]:  # empty unless it was float16 that was trained with
             scaler.load_state_dict(saved["scaler"])
         checkpoint.restore_random_state(saved["rng"])

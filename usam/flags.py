@@ -15,8 +15,11 @@ from usam.model3d import SAM_MED3D_MODELS
 from usam.sam_vit import SAM_MODELS
 
 # What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
+# A training run that goes on from --resume takes the values it had there instead.
+OF_ALL = {"val_fraction": 0.1, "warmup": False, "clip_max_norm": 0.0, "seed": 202307}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "u-sam": {
+        **OF_ALL,
         "dataset": "rectum",
         "sam_model": "vit_b",
         "img_size": 224,
@@ -30,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 1e-4,
     },
     "sam-med3d": {
+        **OF_ALL,
         "dataset": "phantom3d",
         "sam_model": "vit_b_ori",
         "rel_pos": "published",
@@ -74,7 +78,6 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     data(
         "--val_fraction",
         type=float,
-        default=0.1,
         metavar="F",
         help="share of the training cases to validate on; 0: on the test cases (0.1)",
     )
@@ -106,9 +109,10 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     train("--lr_backbone", type=non_negative, help="rate of the down path (1e-4)")
     train("--weight_decay", type=non_negative, help="AdamW's (1e-4; 0.1)")
     train("--rounds", type=positive, help="sam-med3d: clicks simulated in a training step (11)")
-    train("--warmup", action="store_true", help="ramp the rates up over half an epoch")
-    train("--clip_max_norm", type=non_negative, default=0.0, help="gradient norm limit (0: off)")
-    train("--seed", type=count, default=202307, help="of everything drawn at random (202307)")
+    train("--warmup", action="store_true", default=None,
+        help="ramp the rates up over half an epoch")  # fmt: skip
+    train("--clip_max_norm", type=non_negative, help="gradient norm limit (0: off)")
+    train("--seed", type=count, help="of everything drawn at random (202307)")
     run = parser.add_argument_group("run").add_argument
     run("--clicks", choices=("random", "largest"),
         help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
@@ -127,7 +131,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     run("--dist_url", default="env://", help="tcp://host:port where those meet")
     add_prediction_flags(parser)
     args = parser.parse_args(arguments)
-    if not 0 <= args.val_fraction < 1:
+    if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.img_size and args.img_size % 16:
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
@@ -187,6 +191,7 @@ def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Names
 def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
     """Fill the flags left out: from `saved`, a checkpoint, what describes its model; else DEFAULTS.
 
+    Training that goes on from `saved` also takes the other values of DEFAULTS from there.
     Raises ValueError where a flag was given and the checkpoint's model is another, or where the
     model has no such flag.
     """
@@ -199,7 +204,10 @@ def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
         known = saved["args"] | saved["data"]
         described |= {name: known[name] for name in DESCRIBED if name in own and name in known}
     check_model_flags(args)
-    for name, value in (own | described).items():
+    defaults = own
+    if saved and not args.eval and not args.predict:
+        defaults = own | {name: value for name, value in saved["args"].items() if name in own}
+    for name, value in (defaults | described).items():
         given = getattr(args, name)
         if given is None:
             setattr(args, name, value)
