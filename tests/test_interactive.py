@@ -1,0 +1,413 @@
+"""SAM-Med3D learns: its step, its validation, two processes, and whole runs through u-sam.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader, Dataset
+
+from dataset import phantom3d
+from dataset.crops import normalise
+from tests.conftest import ROOT
+from tests.toy import CPU, FLOAT32, one_group, train, training_loader
+from usam import distributed, flags
+from usam.clicks3d import (
+    answers_to_clicks,
+    click_dice,
+    click_generator,
+    click_step,
+    dice,
+    rounds_loss,
+)
+from usam.engine import Progress, Recipe
+from usam.losses import dice_bce_loss
+from usam.model3d import SamMed3d, Size
+from usam.schedule import learning_rate_factor
+
+SIDE = 32
+
+
+def micro() -> SamMed3d:
+    """The smallest network: one block, eight tokens."""
+    torch.manual_seed(3)
+    config = {"sam_model": "micro", "rel_pos": "corrected", "num_point_embeddings": 2}
+    return SamMed3d(Size(24, 1, 2, (0,), SIDE), config=config)
+
+
+class Balls(Dataset):
+    """Bright balls in noise, each in its own place."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index = key[0] if isinstance(key, tuple) else key
+        rng = np.random.default_rng(index)
+        grid = np.stack(np.meshgrid(*3 * [np.arange(SIDE)], indexing="ij"), axis=-1)
+        mask = np.square(grid - rng.integers(10, 22, 3)).sum(axis=-1) < 60
+        image = rng.normal(40, 20, mask.shape) + 100 * mask
+        return {
+            "image": torch.from_numpy(image.astype(np.int16))[None],
+            "mask": torch.from_numpy(mask.astype(np.uint8)),
+            "id": f"ball{index}:ball",
+        }
+
+
+def loader(number: int, batch_size: int) -> DataLoader:
+    return DataLoader(Balls(number), batch_size=batch_size)
+
+
+# ------------------------------------------------------------------ the step
+
+
+def test_loss_is_the_sum_over_rounds_at_full_size() -> None:
+    model = micro()
+    logits = torch.randn(2, 3, 8, 8, 8, requires_grad=True)
+    mask = (torch.rand(2, 1, SIDE, SIDE, SIDE) > 0.5).byte()
+    plain = sum(dice_bce_loss(model.upscale(logits[:, k : k + 1]), mask) for k in range(3))
+    (wanted,) = torch.autograd.grad(plain, logits)
+    loss = rounds_loss(model, logits, mask)
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_training_lowers_the_loss_and_reaches_every_trained_weight() -> None:
+    model, data = micro(), training_loader(Balls(2), 2)
+    optimizer, progress = one_group(model, 2e-3), Progress()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    losses = []
+    for _ in range(6):
+        line = train(model, data, optimizer, step=click_step(normalise, CPU, 4), progress=progress)
+        losses.append(line["loss"])
+    assert losses[-1] < 0.8 * losses[0]
+    after = dict(model.named_parameters())
+    assert not [name for name, value in before.items() if torch.equal(value, after[name])]
+
+
+@pytest.mark.parametrize(
+    ("samples", "factor"), [(0, 1), (119, 1), (120, 0.1), (179, 0.1), (180, 0.01), (200, 0.01)]
+)
+def test_rates_fall_to_a_tenth_at_60_and_90_percent(samples: int, factor: float) -> None:
+    found = learning_rate_factor(samples, 1, 200, decay_at=(0.6, 0.9))
+    assert found == pytest.approx(factor)
+
+
+# ------------------------------------------------------------------ validation
+
+
+def test_dice_of_known_overlaps() -> None:
+    logits, mask = torch.full((3, 1, 4, 4, 4), -1.0), torch.zeros(3, 1, 4, 4, 4)
+    mask[:, :, :2] = 1
+    logits[0, :, 1:3], logits[1], logits[2, 0, 0, 0, 0] = 1, torch.nan, torch.inf
+    assert dice(logits, mask).tolist() == [0.5, 0, 0]
+
+
+def test_clicks_depend_on_the_object_alone() -> None:
+    model = micro().eval()
+    how = {"normalise": normalise, "precision": FLOAT32, "seed": 7}
+    one = click_dice(model, loader(3, 1), **how)
+    assert list(one["dice"]) == ["1 click", "3 clicks", "5 clicks", "10 clicks"]
+    assert one["mean_dice"] == pytest.approx(sum(one["dice"].values()) / 4)
+    together = click_dice(model, loader(3, 3), **how)
+    assert together["dice"] == pytest.approx(one["dice"], abs=1e-6)
+    draws = [
+        torch.rand(1, generator=click_generator(s, n)) for s, n in ((7, "a"), (7, "b"), (8, "a"))
+    ]
+    assert len(set(map(float, draws))) == 3
+
+
+def test_every_click_is_kept_and_the_last_answer_is_given_back(monkeypatch) -> None:
+    model, seen = micro().eval(), []
+    decode = model.decode
+
+    def note(embedding, points, mask):
+        seen.append((points[0].shape[1], float(mask.abs().sum())))
+        return decode(embedding, points, mask)
+
+    monkeypatch.setattr(model, "decode", note)
+    item = Balls(1)[0]
+    with torch.no_grad():
+        volume, mask = normalise(item["image"][None]), item["mask"][None, None]
+        list(answers_to_clicks(model, volume, mask, [click_generator(1, "x")]))
+    assert [number for number, _ in seen] == list(range(1, 11))
+    assert seen[0][1] == 0 and all(size > 0 for _, size in seen[1:])
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def weights_after_epochs(num_batches: int, accumulation: int) -> list[list[float]]:
+    """A digest of this process's weights after each of two epochs."""
+    model, progress = micro(), Progress()
+    wrapped, optimizer = distributed.wrap(model, CPU), one_group(model)
+    data = training_loader(Balls(num_batches * distributed.world_size()), 1)
+    digests = []
+    for _ in range(2):
+        data.batch_sampler.epoch = progress.epoch
+        train(
+            wrapped, data, optimizer, step=click_step(normalise, CPU, 2), progress=progress,
+            recipe=Recipe(seed=5, total_samples=100, accumulation_steps=accumulation),
+        )  # fmt: skip
+        digests.append([float(p.detach().double().sum()) for p in model.parameters()])
+    return digests
+
+
+def process(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.start("cpu")
+    found = {
+        "weights": weights_after_epochs(3, 2),
+        "dice": click_dice(
+            micro(),
+            DataLoader(Balls(3), sampler=distributed.EvaluationShard(3)),
+            normalise=normalise,
+            precision=FLOAT32,
+            seed=7,
+        ),
+    }
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+def test_two_processes_end_every_epoch_with_equal_weights_and_scores(tmp_path: Path) -> None:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    mp.spawn(process, (port, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert first["weights"][0] != first["weights"][1]
+    alone = click_dice(micro(), loader(3, 3), normalise=normalise, precision=FLOAT32, seed=7)
+    assert first["dice"]["dice"] == pytest.approx(alone["dice"], abs=1e-6)
+
+
+@pytest.mark.parametrize("num_batches", [1, 20, 41])
+def test_any_number_of_batches_trains_with_published_accumulation(num_batches: int) -> None:
+    model, steps = micro(), []
+    optimizer = one_group(model)
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    progress = Progress()
+    train(
+        model, training_loader(Balls(num_batches), 1), optimizer, progress=progress,
+        step=click_step(normalise, CPU, 1),
+        recipe=Recipe(seed=5, total_samples=100, accumulation_steps=20),
+    )  # fmt: skip
+    assert len(steps) == -(-num_batches // 20)
+    assert progress.epoch == 1 and progress.samples == num_batches
+
+
+# ------------------------------------------------------------------ through u-sam.py
+
+
+@pytest.fixture(scope="module")
+def usam_py() -> ModuleType:
+    """u-sam.py as a module."""
+    spec = importlib.util.spec_from_file_location("u_sam", ROOT / "u-sam.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few small volumes."""
+    folder = tmp_path_factory.mktemp("volumes") / "store"
+    return phantom3d.build(folder, train_cases=4, val_cases=1, test_cases=1)
+
+
+def run(usam_py: ModuleType, *words: object) -> None:
+    names = [*usam_py.DATASETS, *usam_py.VOLUMES]
+    usam_py.main(flags.parse_flags(names, ["--device", "cpu", "--amp", "off", *map(str, words)]))
+
+
+def training_words(store: Path, folder: Path) -> list[object]:
+    return [
+        "--model", "sam-med3d", "--sam_model", "vit_tiny", "--rel_pos", "corrected",
+        "--dataset", "volumes", "--data_root", store, "--classes", "liver", "--num_workers", 0,
+        "--batch_size", 1, "--accumulation_steps", 3, "--rounds", 2, "--epochs", 2,
+        "--output_dir", folder,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(usam_py: ModuleType, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(usam_py, *training_words(store, folder))
+    return folder
+
+
+def test_a_run_records_its_choices(whole: Path) -> None:
+    saved = torch.load(whole / "best.pth", weights_only=True)
+    assert saved["args"]["model"] == "sam-med3d"
+    wanted = {
+        "rel_pos": "corrected", "num_point_embeddings": 2, "orientation": "RAS", "spacing": 1.5,
+        "img_size": 64, "clicks": "accumulate", "threshold": 0.0, "prompt_mode": "clicks",
+    }  # fmt: skip
+    assert {name: saved["data"][name] for name in wanted} == wanted
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert set(lines[0]["val"]["dice"]) == {"1 click", "3 clicks", "5 clicks", "10 clicks"}
+
+
+def test_a_killed_run_resumes_to_the_same_end(
+    usam_py: ModuleType, store: Path, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
+    train_one_epoch = usam_py.engine.train_one_epoch
+
+    def killed(*args: Any, **how: Any) -> Any:
+        if how["progress"].epoch == 1:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **how)
+
+    words = training_words(store, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(usam_py.engine, "train_one_epoch", killed)
+        run(usam_py, *words)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(timeout=60)
+    run(usam_py, *words, "--resume", tmp_path / "last.pth")
+    found, wanted = (
+        torch.load(folder / "last.pth", weights_only=True) for folder in (tmp_path, whole)
+    )
+    assert found["progress"] == wanted["progress"] and found["best"] == wanted["best"]
+    for name, value in wanted["model"].items():
+        assert torch.equal(found["model"][name], value), name
+    lines = [(folder / "log.jsonl").read_text() for folder in (tmp_path, whole)]
+    assert lines[0] == lines[1]
+
+
+def test_evaluation_leaves_scores_and_curves(
+    usam_py: ModuleType, store: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("usam.windows3d.MAX_WINDOWS", 2)
+    run(
+        usam_py, "--eval", "--resume", whole / "best.pth", "--dataset", "volumes", "--data_root",
+        store, "--classes", "aorta", "--output_dir", tmp_path,
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "metrics.json").read_text())
+    assert scores["objects"] == 1 and list(scores["classes"]) == ["aorta"]
+    assert len((tmp_path / "clicks.csv").read_text().splitlines()) == 5
+    assert "10 clicks" in capsys.readouterr().out and (tmp_path / "clicks.png").exists()
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """A small scan, stored in LAS with odd voxels."""
+    image = np.random.default_rng(0).normal(50, 20, (20, 24, 15)).astype(np.int16)
+    affine = np.diag([-2.0, 2.5, 3.0, 1])
+    nib.save(nib.Nifti1Image(image, affine), tmp_path / "scan.nii.gz")
+    return tmp_path / "scan.nii.gz"
+
+
+def test_prediction_keeps_the_scans_geometry(
+    usam_py: ModuleType, whole: Path, scan: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Every window answers with its clicks' own half, so the place of the clicks shows."""
+
+    def decode(self, embedding, points=None, mask=None, *, boxes=None):
+        answer = torch.full((1, 1, 16, 16, 16), -5.0)
+        if points is not None:
+            x, y, z = (points[0][0, 0] / 4).long().tolist()
+            answer[..., max(x - 1, 0) : x + 2, max(y - 1, 0) : y + 2, max(z - 1, 0) : z + 2] = 5
+        return answer
+
+    monkeypatch.setattr(SamMed3d, "decode", decode)
+    prompts = {"objects": [
+        {"name": "one", "label": 4, "points": [[3, 4, 5]]},
+        {"name": "two", "label": 9, "points": [[15, 18, 9]]},
+    ]}  # fmt: skip
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    words = ["--predict", scan, "--resume", whole / "best.pth", "--output_dir", tmp_path]
+    run(usam_py, *words, "--prompts", tmp_path / "prompts.json")
+    found, given = nib.load(tmp_path / "scan_seg.nii.gz"), nib.load(scan)
+    label = np.asarray(found.dataobj)
+    assert label.shape == given.shape and label.dtype == np.uint8
+    np.testing.assert_array_equal(found.affine, given.affine)
+    assert label[3, 4, 5] == 4 and label[15, 18, 9] == 9 and label[3, 18, 5] == 0
+    rows = json.loads((tmp_path / "scan_seg.json").read_text())["objects"]
+    assert [row["name"] for row in rows] == ["one", "two"]
+    voxels = int((label == 4).sum())
+    assert rows[0]["voxels"] == voxels
+    assert rows[0]["volume_ml"] == pytest.approx(voxels * 2 * 2.5 * 3 / 1000, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--point", 20, 1, 1], "click 20 1 1 lies outside"),
+        (["--point", 500, 1, 1, "--mm"], "click 500 1 1 mm lies outside"),
+        ([], "object has no prompt"),
+        (["--point", 1, 1, 1, 0], "only points outside it"),
+        (["--box", 1, 2, 3, 4], "--box wants 6 numbers"),
+        (["--prompts", "none.json"], "none.json: no such file"),
+        (["--point", 1, 1, 1, "--window", "liver"], "--window is not for --model sam-med3d"),
+        (["--point", 1, 1, 1, "--init_mask", "none.nii.gz"], "none.nii.gz"),
+        (["--point", 1, 1, 1, "--sam_model", "vit_b"], "was trained with vit_tiny"),
+    ],
+)
+def test_bad_predictions_end_in_one_line(
+    usam_py: ModuleType, whole: Path, scan: Path, tmp_path: Path, words: list, text: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=text) as caught:
+        run(
+            usam_py, "--predict", scan, "--resume", whole / "best.pth", "--output_dir", tmp_path,
+            *words,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--lr_backbone", 1], "--lr_backbone is not for --model sam-med3d"),
+        (["--dataset", "rectum"], "--dataset rectum is not for --model sam-med3d"),
+        (["--sam_weight", "none.pth"], "none.pth: no such SAM-Med3D checkpoint.*huggingface"),
+        (["--eval", "--sam_weight", "none"], "random weights know nothing"),
+        (["--sam_model", "vit_tiny", "--dataset", "volumes"], "--data_root must name"),
+        (["--sam_model", "vit_x"], None),
+    ],
+)
+def test_bad_runs_end_in_one_line(usam_py: ModuleType, words: list, text: str | None) -> None:
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit), match=text):
+        run(usam_py, "--model", "sam-med3d", *words)
+
+
+def test_an_unknown_class_is_named(usam_py: ModuleType, store: Path, tmp_path: Path) -> None:
+    words = training_words(store, tmp_path)
+    words[words.index("liver")] = "heart"
+    with pytest.raises(ValueError, match="'heart'.*liver"):
+        run(usam_py, *words)
+
+
+def test_flags_of_volumes_are_not_for_slices(usam_py: ModuleType) -> None:
+    for words in (["--rounds", 3], ["--no_flips"], ["--classes", "a"], ["--dataset", "phantom3d"]):
+        with pytest.raises(ValueError, match=f"{words[0]}.* is not for --model u-sam"):
+            run(usam_py, *words)
+
+
+def test_defaults_are_the_published_recipe(usam_py: ModuleType) -> None:
+    args = flags.parse_flags(["phantom3d"], ["--model", "sam-med3d"])
+    flags.settle(args, None)
+    assert (args.epochs, args.batch_size, args.accumulation_steps, args.rounds) == (200, 12, 20, 11)
+    assert (args.lr_vit, args.lr, args.weight_decay) == (8e-4, 8e-5, 0.1)
+    assert args.sam_model == "vit_b_ori" and args.rel_pos == "published"
