@@ -94,19 +94,7 @@ def prepare_volumes(
     """
     source = _with_test_patients(source, test_fraction, seed)
     check_output(output)
-    names = tuple(row["name"] for row in source.classes or ())
-    binary = source.name == "layout"
-    jobs = [
-        VolumeJob(
-            case,
-            output,
-            names,
-            names.index(class_of(case.id)) if binary else None,
-            min_volume,
-            ignore_label_affine,
-        )
-        for case in source.cases
-    ]
+    jobs = _jobs(source, output, min_volume, ignore_label_affine)
     check_names(jobs)
     sweep(output)
     entries = pack_all(pack_volume, jobs, workers)
@@ -115,11 +103,10 @@ def prepare_volumes(
             f"no structure of {min_volume:g} cm3 or more in {len(entries)} cases; lower"
             " --min_volume or check the labels"
         )
-    highest = max(int(number) for entry in entries for number in entry["boxes"])
     digest = hashlib.sha256("".join(entry["source"] for entry in entries).encode())
     index = {
         "dataset": source.name,
-        "classes": source.classes or class_table([f"class {n}" for n in range(1, highest + 1)]),
+        "classes": source.classes or _unnamed_classes(entries),
         "min_volume": min_volume,
         "source": digest.hexdigest(),
         "listing": listing,
@@ -223,6 +210,26 @@ def _with_test_patients(source: Source, fraction: float, seed: int) -> Source:
         for case in source.cases
     ]
     return replace(source, cases=cases)
+
+
+def _jobs(source: Source, output: Path, min_volume: float, trusted: bool) -> list[VolumeJob]:
+    names = tuple(row["name"] for row in source.classes or ())
+    return [
+        VolumeJob(
+            case,
+            output,
+            names=names,
+            binary=1 + names[1:].index(class_of(case.id)) if source.name == "layout" else None,
+            min_volume=min_volume,
+            ignore_label_affine=trusted,
+        )
+        for case in source.cases
+    ]
+
+
+def _unnamed_classes(entries: list[Entry]) -> list[Entry]:
+    highest = max(int(number) for entry in entries for number in entry["boxes"])
+    return class_table([f"class {number}" for number in range(1, highest + 1)])
 
 
 def _listing_digest(source: Source) -> str:

@@ -13,6 +13,7 @@ import torch
 from dataset.crops import box_origin, click_origin, crop_at, crop_reader, normalise, overlap
 from dataset.scans import read_label
 from dataset.volume_scans import ScanVolume, grid_of, read_label_volume, read_volume
+from tests.volume_layouts import blob, save_as, stored_as
 
 SCANS = {
     "aorta_0001": "volumes/aorta/ct_totalseg/{}Tr/aorta_0001.nii.gz",
@@ -91,37 +92,6 @@ def test_recorded_round_trips(case) -> None:
         assert found.shape == tuple(back["shape_zyx"][::-1])
         assert found.sum() == back["voxels"]
         assert (found & (stored == int(number))).sum() == back["intersection"]
-
-
-def blob(shape: tuple[int, int, int], spacing: tuple[float, float, float], seed: int = 3) -> tuple:
-    """(image int16, label uint8, RAS affine) of two ellipsoids in noise."""
-    rng = np.random.default_rng(seed)
-    axes = np.meshgrid(
-        *[np.arange(n) * mm for n, mm in zip(shape, spacing, strict=True)], indexing="ij"
-    )
-    label = np.zeros(shape, dtype=np.uint8)
-    for number, (middle, radius) in enumerate([((16, 17, 20), 9), ((28, 24, 15), 7)], start=1):
-        label[sum((a - m) ** 2 for a, m in zip(axes, middle, strict=True)) < radius**2] = number
-    image = (100 * label - 50 + rng.integers(-40, 40, shape)).astype(np.int16)
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = -30, 12, 100
-    return image, label, affine
-
-
-def stored_as(array: np.ndarray, affine: np.ndarray, codes: str) -> nib.Nifti1Image:
-    """The RAS array as a file with other axes."""
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
-    )
-    back = nib.orientations.inv_ornt_aff(turn, array.shape)
-    return nib.Nifti1Image(nib.orientations.apply_orientation(array, turn), affine @ back)
-
-
-def save_as(folder: Path, codes: str, image, label, affine) -> tuple[Path, Path]:
-    paths = folder / f"{codes}_image.nii.gz", folder / f"{codes}_label.nii.gz"
-    for path, array in zip(paths, (image, label), strict=True):
-        nib.save(stored_as(array, affine, codes), path)
-    return paths
 
 
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (0.8, 0.8, 3.0), (1.1, 2.3, 1.0)])
