@@ -314,4 +314,5 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.nd
     size = offset + math.prod(shape) * stored.itemsize
     if path.stat().st_size != size:
         raise ValueError(f"{path}: {size} bytes wanted, found {path.stat().st_size}")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    # As a plain array over the same map: a memmap runs Python code at every view taken of it.
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)

@@ -66,7 +66,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     read = store.read(0, 1)
     np.testing.assert_array_equal(read[0], image[1])
     np.testing.assert_array_equal(read[1], mask[1])
-    assert isinstance(read[0], np.memmap)
+    assert isinstance(read[0].base.base, np.memmap)
     assert not list(tmp_path.rglob(".*"))
 
 
