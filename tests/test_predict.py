@@ -30,6 +30,7 @@ WINDOW = (-160.0, 240.0)
 STEP = 25  # HU between two classes of the oracle
 SIDE, DEPTH = 12, 7
 CODES = ["LPS", "RAS", "LAS", "RPS", "PIR", "SAL"]
+ON_CPU = ("--device", "cpu", "--amp", "off")
 CPU = Precision(torch.device("cpu"), None)
 
 
@@ -477,7 +478,7 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
     words = ["--predict", good[0], bad, tmp_path / "none.nii", good[1], "--resume", tiny()]
     done = subprocess.run(
         [sys.executable, ROOT / "u-sam.py", *words, "--output_dir", tmp_path / "out",
-         "--device", "cpu", "--overlay", "--largest_component", "--num_workers", "1"],
+         *ON_CPU, "--overlay", "--largest_component", "--num_workers", "1"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
@@ -523,7 +524,7 @@ def test_an_odd_scan_works_or_is_told_in_one_line(tmp_path, tiny, command, name)
     image.header.set_sform(affine, code=1)
     image.header["pixdim"][1:4] = 1
     nib.save(image, tmp_path / "odd.nii.gz")
-    words = ["--predict", tmp_path / "odd.nii.gz", "--resume", tiny(), "--device", "cpu"]
+    words = ["--predict", tmp_path / "odd.nii.gz", "--resume", tiny(), *ON_CPU]
     words += ["--output_dir", tmp_path / "out", "--probabilities", "--overlay"]
     if text is None:
         command(*words)
@@ -540,14 +541,14 @@ def test_an_odd_scan_works_or_is_told_in_one_line(tmp_path, tiny, command, name)
 def test_a_channel_of_a_4d_scan_is_chosen_by_its_flag(tmp_path, tiny, command):
     array = np.stack([coded(truth())] * 2, axis=3)
     scan = write(tmp_path / "a.nii", array, lps_affine())
-    words = ["--predict", scan, "--resume", tiny(), "--device", "cpu", "--channel", 1]
+    words = ["--predict", scan, "--resume", tiny(), *ON_CPU, "--channel", 1]
     command(*words, "--output_dir", tmp_path / "out")
     assert nib.load(tmp_path / "out" / "a_seg.nii.gz").shape == (SIDE, SIDE, DEPTH)
 
 
 def test_a_prompted_model_says_so_and_takes_prompts(tmp_path, tiny, command):
     scan = write(tmp_path / "a.nii", coded(truth()), lps_affine())
-    words = ["--predict", scan, "--resume", tiny(prompt_mode=3), "--device", "cpu"]
+    words = ["--predict", scan, "--resume", tiny(prompt_mode=3), *ON_CPU]
     words += ["--output_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match="give --point and --box"):
         command(*words)
@@ -598,7 +599,7 @@ def test_results_of_scans_with_one_name_stay_apart():
 def test_real_dicom_and_nifti_of_one_series_agree(tmp_path, shared_data, tiny, command):
     pytest.importorskip("SimpleITK")
     folder = shared_data / "dicom"
-    words = ["--resume", tiny(), "--device", "cpu", "--output_dir", tmp_path]
+    words = ["--resume", tiny(), *ON_CPU, "--output_dir", tmp_path]
     command("--predict", folder, folder / "ct.nii.gz", *words)
     series = nib.load(tmp_path / "dicom_seg.nii.gz")
     nifti = nib.load(tmp_path / "ct_seg.nii.gz")
