@@ -143,6 +143,9 @@ def train(args: Namespace, precision: Precision, job: Job, saved: dict[str, Any]
     optimizer = engine.build_optimizer(job.groups, args.weight_decay)
     scaler = precision.scaler()
     progress, best = restore(args, saved, optimizer, scaler)
+    if args.start_epoch is not None:
+        samples = args.start_epoch * len(batches) * batches.samples_per_step
+        progress = engine.Progress(epoch=args.start_epoch, samples=samples)
     folder = RunFolder(args.output_dir, args.resume, progress.epoch)
     state = partial(
         run_state, flags=vars(args), data=job.info, model=job.model, progress=progress, best=best,
@@ -214,8 +217,6 @@ def restore(
             scaler.load_state_dict(saved["scaler"])
         checkpoint.restore_random_state(saved["rng"])
         progress, best = engine.Progress(**saved["progress"]), dict(saved["best"])
-    if args.start_epoch is not None:
-        progress.epoch, progress.step = args.start_epoch, 0
     return progress, best
 
 

@@ -357,6 +357,12 @@ def test_a_run_resumed_into_another_folder_leaves_the_old_one_alone(tmp_path: Pa
     assert logged(tmp_path / "b" / "previous-1" / "log.jsonl") == [0, 1, 2]
 
 
+def test_half_written_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".last.pth.4711.tmp").write_bytes(b"half")
+    fill(RunFolder(tmp_path, None, 0), range(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "last.pth", "log.jsonl"]
+
+
 def test_the_log_is_strict_json(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, None, 0)
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -205,6 +205,27 @@ def test_a_resumed_run_may_go_further_at_other_rates(
     assert (line["epoch"], line["lr"]) == (3, pytest.approx(0.5 * (1 - (44 - 6) / 48) ** 0.9))
 
 
+def test_start_epoch_repeats_epochs_at_their_own_rates(
+    trained: Path, store: Path, tmp_path: Path, capsys: Any
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    result = run(
+        capsys, "--device", "cpu", "--amp", "off", "--num_workers", "0", "--data_root", store,
+        "--output_dir", again, "--resume", again / "last.pth", "--start_epoch", "2",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    old, new = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (trained, again)
+    )
+    assert old[:2] == new[:2]
+    assert [old[2][key] for key in ("epoch", "lr", "samples")] == [
+        new[2][key] for key in ("epoch", "lr", "samples")
+    ]
+    assert old[2]["loss"] != new[2]["loss"]  # from other weights
+
+
 def test_the_log_says_what_was_trained(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(EPOCHS))

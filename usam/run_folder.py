@@ -35,6 +35,8 @@ class RunFolder:
         if not is_main():
             return
         path.mkdir(parents=True, exist_ok=True)
+        for unfinished in path.glob(".*.pth.*.tmp"):  # of a run killed while it was saving
+            unfinished.unlink()
         if resumed_from is None or resumed_from.resolve().parent != path.resolve():
             self._move_aside()
         elif self.log_file.exists():
