@@ -1,0 +1,54 @@
+"""What README.md tells people to type is understood, and its table of flags is complete."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from dataset import DATASETS, VOLUMES
+from tests.conftest import ROOT
+from usam import flags
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"^ *```\w*\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+LAUNCHES = re.compile(
+    r"(?:python3? u-sam\.py"
+    r"|(?:python3? -m torch\.distributed\.(?:launch|run)|torchrun) .*?u-sam\.py"
+    r"|bash train_sam\.sh)(?: (.*))?"
+)
+
+
+def test_every_command_of_the_readme_parses() -> None:
+    text = "\n".join(code_blocks((ROOT / "README.md").read_text())).replace("\\\n", " ")
+    starts = ("python u-sam.py", "python -m torch.distributed", "torchrun", "bash train_sam.sh")
+    commands = [line.strip() for line in text.splitlines() if line.strip().startswith(starts)]
+    found = {start for start in starts for command in commands if command.startswith(start)}
+    assert found >= set(starts) - {"torchrun"}
+    for command in commands:
+        match = LAUNCHES.fullmatch(command.partition(" #")[0].strip())
+        assert match, command
+        try:
+            flags.parse_flags([*DATASETS, *VOLUMES], shlex.split(match[1] or ""))
+        except SystemExit:
+            pytest.fail(f"README.md: {command}")
+
+
+def test_the_readmes_table_lists_every_flag_and_no_other(capsys: pytest.CaptureFixture) -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Flags\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\|([^|]*)\|", section, flags=re.MULTILINE)
+    listed = re.findall(r"`(--\w+)", " ".join(cells))
+    assert sorted(listed) == sorted(all_flags(capsys))
+
+
+def all_flags(capsys: pytest.CaptureFixture) -> set[str]:
+    """Every flag of u-sam.py, by its own --help."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        flags.parse_flags([*DATASETS, *VOLUMES], ["--help"])
+    listed = re.findall(r"^  (?:-h, )?(--\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+    return set(listed) - {"--help"}
