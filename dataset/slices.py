@@ -139,6 +139,8 @@ def check_index(index: object, where: str) -> None:
     """Raises ValueError, naming `where` and the case, unless `index` describes a sound store."""
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
+        if str(found).startswith("volumes-"):
+            raise ValueError(f"{where}: a store of volumes; train on it with --model sam-med3d")
         raise ValueError(
             f"{where}: slice store format {FORMAT} wanted, found {found!r}; prepare it again"
         )

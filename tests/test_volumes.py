@@ -198,7 +198,7 @@ def test_other_arrays_than_the_index_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_slices_and_volumes_are_told_apart(store: VolumeStore) -> None:
-    with pytest.raises(ValueError, match="slice store format 1 wanted, found 'volumes-1'"):
+    with pytest.raises(ValueError, match="a store of volumes; train on it with --model sam-med3d"):
         SliceStore(store.folder)
     with pytest.raises(ValueError, match="is not one of"):
         build_dataset("volumes", "train", data_root=store.folder)
