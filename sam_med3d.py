@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from dataset import VolumeStore, build_volumes, open_volumes
-from dataset.crops import click_origin, crop_at, normalise
+from dataset.crops import click_origin, crop_reader, normalise
 from dataset.scan_slices import find_scans, output_names
+from dataset.scans import apply_window
 from dataset.volume_scans import SPACING, ScanVolume, read_label_volume, read_volume
 from usam import checkpoint, clicks3d, distributed, evaluate3d, predict3d, weights3d
 from usam.distributed import say
@@ -26,8 +27,8 @@ from usam.engine import Precision
 from usam.job import Job
 from usam.loaders import evaluation_loader
 from usam.model3d import SamMed3d, build_sam_med3d
-from usam.scan_output import class_volumes, count_voxels
-from usam.windows3d import MAX_WINDOWS, Encoder, Voxel
+from usam.scan_output import MONTAGE, class_colors, class_volumes, count_voxels, save_montage
+from usam.windows3d import MAX_WINDOWS, Encoder
 
 Saved = dict[str, Any] | None
 Train = Callable[[Namespace, Precision, Job, Saved], None]
@@ -48,6 +49,8 @@ def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Trai
     if args.eval:
         evaluate_volumes(args, precision, model, store)
     else:
+        if saved and args.classes is None:
+            args.classes = saved["data"].get("trained_classes")
         train(args, precision, volumes_job(args, precision, model, store), saved)
 
 
@@ -93,7 +96,7 @@ def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: V
         step=clicks3d.click_step(normalise, precision.device, args.rounds),
         validate=validate if len(val) else None,
         shown=lambda summary: summary["dice"],
-        info=train.info | model.config | clicks3d.CHOICES,
+        info=train.info | model.config | clicks3d.CHOICES | {"trained_classes": args.classes},
         decay_at=clicks3d.DECAY_AT,
     )
 
@@ -142,12 +145,7 @@ def evaluate_volumes(
 
 def encoder_of(image: np.ndarray, model: SamMed3d, precision: Precision) -> Encoder:
     """What encodes windows of a volume (X, Y, Z) at 1.5 mm, cut and scaled as in training."""
-
-    def read(origin: Voxel, side: int) -> torch.Tensor:
-        crop = torch.from_numpy(crop_at(image, origin, side))[None, None]
-        return normalise(crop.to(precision.device))
-
-    return Encoder(model, image.shape, read=read, precision=precision)
+    return Encoder(model, image.shape, read=crop_reader(image), precision=precision)
 
 
 # ---------------------------------------------------------------- prediction
@@ -200,6 +198,8 @@ def predict_volume(
         "model": f"sam-med3d {args.sam_model}",
     }  # fmt: skip
     predict3d.write_rows(args.output_dir / f"{name}_seg.json", rows, facts)
+    if args.overlay:
+        draw(args.output_dir / f"{name}_overlay.png", scan, label, rows)
     told = [f"{row['name']} {row['volume_ml']:.1f} ml, {row['points']} points, "
             f"{row['windows']} windows" for row in rows]  # fmt: skip
     for row in rows:
@@ -223,3 +223,20 @@ def with_volumes(
         row | {"voxels": size["voxels"], "volume_ml": size["volume_ml"]}
         for row, size in zip(rows, sizes, strict=True)
     ]
+
+
+def draw(path: Path, scan: ScanVolume, label: np.ndarray, rows: list[dict[str, Any]]) -> None:
+    """The axial slices with most of the objects as one PNG, upright, at 1.5 mm."""
+    slices, labels = (  # RAS (x, y, z) -> rows to posterior, columns to the patient's left
+        volume[::-1, ::-1].transpose(2, 1, 0) for volume in (scan.image, label)
+    )
+    found = np.count_nonzero(labels, axis=(1, 2))
+    most = np.argsort(-found, kind="stable")[:MONTAGE]
+    numbers = sorted(most[found[most] > 0].tolist()) or [len(labels) // 2]
+    shown = dict(zip(numbers, apply_window(slices[numbers], "percentile"), strict=True))
+    names = {row["label"]: row["name"] for row in rows}
+    classes = [names.get(number, "") for number in range(max(names) + 1)]
+    save_montage(
+        path, numbers, shown.__getitem__, labels, classes=classes,
+        colors=class_colors(None, len(classes)), title=path.name.removesuffix("_overlay.png"),
+    )  # fmt: skip

@@ -338,7 +338,8 @@ def test_prediction_keeps_the_scans_geometry(
     ]}  # fmt: skip
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     words = ["--predict", scan, "--resume", whole / "best.pth", "--output_dir", tmp_path]
-    run(usam_py, *words, "--prompts", tmp_path / "prompts.json")
+    run(usam_py, *words, "--prompts", tmp_path / "prompts.json", "--overlay")
+    assert (tmp_path / "scan_overlay.png").exists()
     found, given = nib.load(tmp_path / "scan_seg.nii.gz"), nib.load(scan)
     label = np.asarray(found.dataobj)
     assert label.shape == given.shape and label.dtype == np.uint8

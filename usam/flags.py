@@ -44,12 +44,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "lr_vit": 8e-4,
         "weight_decay": 0.1,
         "rounds": 11,
+        "no_flips": False,
         "clicks": "random",
     },
 }
 ONLY_FOR = {  # flags without a default that one model has
-    "u-sam": ("window", "slice", "probabilities", "overlay", "largest_component"),
-    "sam-med3d": ("classes", "no_flips", "init_mask"),
+    "u-sam": ("window", "slice", "probabilities", "largest_component"),
+    "sam-med3d": ("classes", "init_mask"),
 }
 DATASETS_3D = ("volumes", "phantom3d")
 BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
@@ -74,7 +75,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     data("--data_root", nargs="+", type=Path, metavar="PATH",
         help="its folder (data/CARE, data/WORD, data/phantom); volumes: or several")  # fmt: skip
     data("--classes", nargs="+", metavar="NAME", help="sam-med3d: only these classes (all)")
-    data("--no_flips", action="store_true", help="sam-med3d: train without flips")
+    data("--no_flips", action="store_true", default=None, help="sam-med3d: train without flips")
     data(
         "--val_fraction",
         type=float,
