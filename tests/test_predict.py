@@ -404,7 +404,7 @@ def test_the_largest_piece_of_each_class_is_kept():
     assert label[3, 3, 3] == 1 and label[6, 6, 6] == 0 and label[5, 5, 0] == 0
 
 
-def test_a_montage_shows_the_slices_with_most_foreground(tmp_path, monkeypatch):
+def test_a_montage_spreads_over_the_foreground_and_shows_most_of_it(tmp_path, monkeypatch):
     from usam import scan_output
 
     seen = []
@@ -418,7 +418,7 @@ def test_a_montage_shows_the_slices_with_most_foreground(tmp_path, monkeypatch):
     predict(scan, tmp_path / "out", Oracle(2), data_of(2), overlay=True)
     predict(write(tmp_path / "a.nii", coded(0 * label), lps_affine()), tmp_path / "out", Oracle(2),
             data_of(2, orientation="stored"), overlay=True)  # fmt: skip
-    assert seen[0][0] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert seen[0][0] == [2, 4, 6, 7, 8, 9, 10, 11, 12]
     assert seen[0][1]["aspect"] == pytest.approx(1.5)
     assert seen[1][0] == [7] and seen[1][1]["transpose"]
 

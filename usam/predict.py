@@ -256,10 +256,14 @@ def _write_background(scan: PreparedScan, file: ProbabilityFile, numbers: Sequen
 def _draw(
     path: Path, scan: PreparedScan, labels: np.ndarray, predictor: Predictor, name: str
 ) -> None:
-    """The slices with the most foreground in scan order, or the middle one if there is none."""
+    """A montage: of each ninth of the slices with foreground, the one with most of it.
+
+    Spread, since neighbours look alike; without any foreground, the slice in the middle.
+    """
     foreground = np.array([np.count_nonzero(plane) for plane in labels])
-    most = np.argsort(-foreground, kind="stable")[:MONTAGE]
-    numbers = sorted(most[foreground[most] > 0].tolist()) or [len(labels) // 2]
+    parts = np.array_split(np.flatnonzero(foreground), MONTAGE)
+    numbers = [int(part[foreground[part].argmax()]) for part in parts if len(part)]
+    numbers = numbers or [len(labels) // 2]
     stored = predictor.data["orientation"] == "stored"
     scan_output.save_montage(
         path, numbers, scan.plane, labels, classes=predictor.classes, colors=predictor.colors,
