@@ -58,16 +58,18 @@ class FourierEncoding(nn.Module):
             phase = 2 * math.pi * ((2 * position.to(matrix.dtype) - 1) @ matrix)
             return torch.cat([phase.sin(), phase.cos(), phase.sin()], dim=-1)
 
-    def grid(self, size: int) -> Tensor:
+    def grid(self, size: int, *, swapped: bool = True) -> Tensor:
         """Encoding (1, dim, size, size, size) of a grid's centres.
 
         The published code swaps the first two axes here and not for clicks: the entry (i, j, k)
-        encodes (j, i, k). The weights were trained so.
+        encodes (j, i, k). The weights were trained so; it keeps a click's encoding from meeting
+        that of its place.
         """
         matrix = self.positional_encoding_gaussian_matrix
         centre = (torch.arange(size, device=matrix.device, dtype=matrix.dtype) + 0.5) / size
         i, j, k = torch.meshgrid(centre, centre, centre, indexing="ij")
-        return self(torch.stack([j, i, k], dim=-1)).permute(3, 0, 1, 2)[None]
+        position = [j, i, k] if swapped else [i, j, k]
+        return self(torch.stack(position, dim=-1)).permute(3, 0, 1, 2)[None]
 
 
 class PromptEncoder3d(nn.Module):
@@ -224,7 +226,8 @@ class SamMed3d(nn.Module):
         source = embedding + self.prompt_encoder.dense(mask)
         if sparse is not None and len(source) == 1:
             source = source.expand(len(sparse), -1, -1, -1, -1)
-        position = self.prompt_encoder.pe_layer.grid(self.side // PATCH)
+        swapped = self.config["rel_pos"] == "published"
+        position = self.prompt_encoder.pe_layer.grid(self.side // PATCH, swapped=swapped)
         return self.mask_decoder(source, position, sparse)
 
     def upscale(self, logits: Tensor) -> Tensor:
@@ -297,8 +300,9 @@ def build_sam_med3d(
 ) -> SamMed3d:
     """A SAM-Med3D network with fresh weights; `vit_b_ori` has the published names and shapes.
 
-    rel_pos "published" reads relative positions as the published code does, which its weights
-    need; "corrected" reads them as intended, for training from scratch. num_point_embeddings is 2
+    rel_pos "published" reads relative positions and the decoder's axes as the published code
+    does, which its weights need; "corrected" reads both as intended, for training from scratch,
+    where clicks then find their places far sooner. num_point_embeddings is 2
     (clicks) or 4 (clicks and a box's corners), as in the checkpoint. Raises ValueError for others.
     """
     if sam_model not in SAM_MED3D_MODELS:

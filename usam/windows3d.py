@@ -198,10 +198,26 @@ class Session:
         pairs = zip(origin, first, strict=True)
         return tuple(low + round((index - low) / step) * step for index, low in pairs)
 
+    def _started(self, window: Window, part: Tensor, inside: tuple[slice, ...]) -> Tensor:
+        """The pieces of `part`, what is found inside a window, that clicks in it or a mask mark.
+
+        Only these may go on in other windows: false finds elsewhere would grow without end.
+        """
+        pieces, _ = ndimage.label(part.cpu().numpy())
+        marks = [voxel for voxel, label in self._clicks if label and self._holds(window, voxel)]
+        marks += [window.hint[0]] if window.hint else []
+        starts = [span.start for span in inside]
+        kept = {
+            pieces[tuple(i - low for i, low in zip(mark, starts, strict=True))] for mark in marks
+        }
+        if self._known is not None:
+            kept |= set(np.unique(pieces[self._known[inside].cpu().numpy() > 0]))
+        return torch.from_numpy(np.isin(pieces, list(kept - {0}))).to(part.device)
+
     def _goes_on(self, window: Window) -> Voxel | None:
         """A voxel on a face of the window where the object goes on unseen; None if nowhere."""
         inside, _ = overlap(window.origin, self.side, self.encoder.shape)
-        part = self._logits_in(inside) > THRESHOLD
+        part = self._started(window, self._logits_in(inside) > THRESHOLD, inside)
         smallest = max(self.side // 32, 1) ** 2  # voxels; fewer are noise
         for axis, (span, size) in enumerate(zip(inside, self.encoder.shape, strict=True)):
             for outwards, index in ((-1, span.start), (1, span.stop - 1)):
