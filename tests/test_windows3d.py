@@ -23,6 +23,7 @@ from usam.evaluate3d import (
     simulated_clicks,
     write_report,
 )
+from usam.model3d import build_sam_med3d
 from usam.predict3d import (
     ObjectPrompts,
     VolumePrompts,
@@ -319,3 +320,23 @@ def test_failed_objects_count_as_zero_and_are_listed(small_tube, tmp_path) -> No
     assert json.loads((tmp_path / "metrics.json").read_text()) == summary
     assert (tmp_path / "clicks.png").stat().st_size > 1000
     assert "counted as 0: a: nothing, b: tube" in format_clicks(summary)
+
+
+# ------------------------------------------------------------------ what makes clicks matter
+
+
+def test_corrected_positions_let_a_click_meet_its_own_place() -> None:
+    torch.manual_seed(1)
+    places = torch.tensor([[5.0, 40, 20], [60, 3, 33], [30, 30, 8]])
+    cells = (places // 16).long()
+    met = {}
+    for rel_pos in ("corrected", "published"):
+        model = build_sam_med3d("vit_tiny", rel_pos)
+        encoding = model.prompt_encoder.pe_layer
+        grid = encoding.grid(4, swapped=rel_pos == "published")[0].flatten(1)  # (384, 64)
+        attention = model.mask_decoder.transformer.final_attn_token_to_image
+        query = attention.q_proj(encoding((places + 0.5) / 64))
+        nearest = (query @ attention.k_proj(grid.T).T).argmax(dim=1)
+        wanted = (cells * torch.tensor([16, 4, 1])).sum(dim=1)
+        met[rel_pos] = int((nearest == wanted).sum())
+    assert met["corrected"] == 3 > met["published"]

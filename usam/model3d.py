@@ -44,12 +44,14 @@ SAM_MED3D_MODELS = {
 class FourierEncoding(nn.Module):
     """Random Fourier features of positions: cat[sin, cos, sin] of 2 pi (2c - 1) G.
 
-    Source: Tancik et al. 2020; G (3, dim / 3) is drawn once and kept in the state dict.
+    Source: Tancik et al. 2020; G (3, dim / 3) is drawn once, with a standard deviation of
+    `scale`, and kept in the state dict.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, dim // 3))
+        matrix = scale * torch.randn(3, dim // 3)
+        self.register_buffer("positional_encoding_gaussian_matrix", matrix)
 
     def forward(self, position: Tensor) -> Tensor:
         """position (..., 3) in [0, 1] -> (..., dim), float32 also under autocast."""
@@ -78,7 +80,9 @@ class PromptEncoder3d(nn.Module):
     def __init__(self, *, side: int, dim: int, num_point_embeddings: int) -> None:
         super().__init__()
         self.side, self.grid = side, side // PATCH
-        self.pe_layer = FourierEncoding(dim)
+        # Of a grid of 8 cells a side, as published, a click's encoding resembles its cell's. With
+        # fewer cells it would not, and clicks would be ignored, unless waves grow as cells do.
+        self.pe_layer = FourierEncoding(dim, scale=min(self.grid / 8, 1.0))
         # 0 negative click, 1 positive click, then a box's two corners
         self.point_embeddings = nn.ModuleList(
             nn.Embedding(1, dim) for _ in range(num_point_embeddings)
@@ -317,4 +321,23 @@ def build_sam_med3d(
         "rel_pos": rel_pos,
         "num_point_embeddings": num_point_embeddings,
     }
-    return SamMed3d(SAM_MED3D_MODELS[sam_model], config=config)
+    model = SamMed3d(SAM_MED3D_MODELS[sam_model], config=config)
+    if rel_pos == "corrected":
+        meet_at_positions(model.mask_decoder.transformer)
+    return model
+
+
+@torch.no_grad()
+def meet_at_positions(transformer: TwoWayTransformer, scale: float = 2.0) -> None:
+    """Start tokens and voxels with attention to each other where their positions agree.
+
+    Queries and keys begin as one projection, so that a click's encoding meets that of its place;
+    `scale` sharpens it. From independent projections the network long finds objects by the middle
+    of the crop instead, and learns to ignore clicks. Needs a grid that is not `swapped`.
+    """
+    attentions = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in attentions:
+        attention.q_proj.weight.mul_(scale)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
