@@ -22,7 +22,7 @@ from dataset.phantom_patient import draw_anatomy
 from dataset.phantom_shapes import Shape, Tissue
 from dataset.slices import Entry, SliceStore, move_into_place, write_case, write_index
 
-VERSION = 1  # raised whenever the same seed draws other pictures
+VERSION = 2  # raised whenever the same seed draws other pictures
 SIZE = 224  # pixels a side, as the CARE release's slices
 THICKNESS = 5.0  # mm, slice spacing
 WINDOW = (-160, 240)  # HU, abdominal soft tissue
@@ -35,13 +35,22 @@ CLASSES = [
 ]
 RECTUM = (Tissue.RECTAL_WALL, Tissue.RECTAL_FLUID, Tissue.RECTAL_STOOL, Tissue.RECTAL_GAS)
 
-ENHANCING = (Tissue.GLAND, Tissue.BOWEL_WALL, Tissue.RECTAL_WALL, Tissue.TUMOUR)
-ENHANCEMENT = 14  # HU, half the range over which dose and timing of contrast medium move these
+ENHANCING = (
+    Tissue.GLAND,
+    Tissue.BOWEL_WALL,
+    Tissue.RECTAL_WALL,
+    Tissue.RECTAL_FLUID,
+    Tissue.RECTAL_STOOL,
+    Tissue.TUMOUR,
+)
+ENHANCEMENT = 17  # HU, half the range over which dose and timing of contrast medium move these
 
 # Tissue: mean HU, how much the mean differs between patients (standard deviation), and the
 # texture's standard deviation, coarse and fine. Means: Buzug, Computed Tomography (2008), table
-# of HU; for cortical and spongy bone, urine and blood with contrast medium the ranges of
-# Wikipedia's "Hounsfield scale"; tumours measure 40 to 70 HU, close to the wall they grow from.
+# of HU; for bone, urine and enhanced blood the ranges of Wikipedia's "Hounsfield scale". Tumours
+# are drawn as after contrast medium and stand out from wall and contents by about 30 HU, more
+# than most real ones, so that minutes of training suffice; they do not stand out from prostate,
+# uterus and muscle, and differ between patients by as much, so that no threshold does.
 HU = {
     Tissue.AIR: (-1000, 0, 0, 0),
     Tissue.SKIN: (10, 5, 0, 0),
@@ -51,17 +60,17 @@ HU = {
     Tissue.CORTEX: (750, 60, 60, 0),
     Tissue.MARROW: (185, 30, 40, 45),
     Tissue.URINE: (6, 4, 0, 0),
-    Tissue.GLAND: (60, 6, 8, 4),
+    Tissue.GLAND: (63, 5, 8, 4),
     Tissue.VESSEL: (95, 30, 0, 0),
     Tissue.BOWEL_WALL: (46, 5, 5, 0),
     Tissue.BOWEL_FLUID: (15, 6, 6, 0),
     Tissue.BOWEL_STOOL: (34, 14, 42, 26),
     Tissue.BOWEL_GAS: (-900, 0, 0, 0),
-    Tissue.RECTAL_WALL: (42, 3, 6, 0),
-    Tissue.RECTAL_FLUID: (22, 8, 10, 0),
-    Tissue.RECTAL_STOOL: (40, 14, 40, 26),
+    Tissue.RECTAL_WALL: (38, 3, 5, 0),
+    Tissue.RECTAL_FLUID: (15, 5, 8, 0),
+    Tissue.RECTAL_STOOL: (19, 5, 24, 16),
     Tissue.RECTAL_GAS: (-900, 0, 0, 0),
-    Tissue.TUMOUR: (65, 3, 7, 4),
+    Tissue.TUMOUR: (70, 3, 7, 4),
     Tissue.TABLE: (350, 0, 0, 0),
 }
 
@@ -153,7 +162,7 @@ def draw_case(
     levels = lowest + THICKNESS * np.arange(num_slices)
     anatomy = draw_anatomy(generator, levels)
     lookup = _tissue_values(generator)
-    dose = generator.uniform(7, 11)
+    dose = generator.uniform(6, 10)
     drawn = [_draw_slice(anatomy, z, pixel, lookup, dose, generator) for z in levels]
     edge = pixel * (SIZE - 1) / 2
     name = f"phantom_{split}_{number:04d}"

@@ -76,16 +76,16 @@ def draw_anatomy(generator: np.random.Generator, levels: NDArray[np.float64]) ->
             [uniform((-8, -40, -8), (8, -30, 8)), uniform((24, 18, 22), (38, 28, 38))]
         ),
         sacrum_y=uniform(70, 76),
-        mesorectum=uniform(1.0, 8.0),
+        mesorectum=uniform(0.5, 6.0),
         loops=(
             *(_draw_loop(generator, upper=True) for _ in range(generator.integers(6, 12))),
-            *(_draw_loop(generator, upper=False) for _ in range(generator.integers(1, 4))),
+            *(_draw_loop(generator, upper=False) for _ in range(generator.integers(2, 5))),
         ),
         rectum=draw_rectum(generator, levels),
         phases=uniform(0, 2 * np.pi, (40, 4)),
         jitter=uniform(-1, 1, (60, 2)),
         scale=uniform(0.93, 1.04) * uniform(0.97, 1.03, 2),
-        turn=uniform(-0.1, 0.1),
+        turn=uniform(-0.14, 0.14),
         shift=uniform((-8, -10), (8, 10)),
     )
 

@@ -110,20 +110,19 @@ class Rectum:
 def draw_rectum(generator: np.random.Generator, levels: NDArray[np.float64]) -> Rectum:
     """A rectum drawn at random, its tumour reaching over most of the given heights.
 
-    levels (S,) mm, the heights of the case's slices. A normal rectal wall is about 3 mm thick
-    when distended, thickening beyond 6 mm is suspicious of a tumour and most tumours seen on CT
-    are longer than 20 mm; walls are drawn a little thicker here, to be seen at 112 pixels.
-    Source: the CT signs of rectal cancer as textbooks on its staging give them.
+    levels (S,) mm, the heights of the case's slices. On CT, normal walls of a distended rectum
+    are up to 3 mm thick, walls over 6 mm are suspicious and most tumours are longer than 20 mm;
+    walls are drawn a little thicker, to be seen at 112 pixels.
     """
     uniform = generator.uniform
     low, high = levels[0], levels[-1]
     tumour = Tumour(
         angle=uniform(0, 2 * np.pi),
-        half_width=uniform(1.0, 1.7),
+        half_width=uniform(1.1, 1.8),
         twist=uniform(-0.012, 0.012),
         level=low + (high - low) * uniform(0.2, 0.8),
-        half_height=max(high - low, 10.0) * uniform(0.32, 0.58),
-        thickness=uniform(11, 18),
+        half_height=max(high - low, 10.0) * uniform(0.25, 0.46),
+        thickness=uniform(13, 20),
         growth=uniform(0.2, 0.45),
         phases=uniform(0, 2 * np.pi, 4),
     )
@@ -132,7 +131,7 @@ def draw_rectum(generator: np.random.Generator, levels: NDArray[np.float64]) -> 
         radius=uniform(19, 26),
         wall=uniform(3.5, 5.5),
         stretch=np.array([uniform(0.95, 1.2), uniform(0.85, 1.05)]),
-        bend=uniform(4, 14),
+        bend=uniform(5, 18),
         period=uniform(20, 35),
         phases=uniform(0, 2 * np.pi, 11),
         swell=uniform(0.04, 0.12),
