@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ from usam.clicks3d import (
 )
 from usam.engine import Progress, Recipe
 from usam.losses import dice_bce_loss
-from usam.model3d import SamMed3d, Size
+from usam.model3d import SamMed3d, Size, build_sam_med3d
 from usam.schedule import learning_rate_factor
 
 SIDE = 32
@@ -350,6 +351,20 @@ def test_prediction_keeps_the_scans_geometry(
     voxels = int((label == 4).sum())
     assert rows[0]["voxels"] == voxels
     assert rows[0]["volume_ml"] == pytest.approx(voxels * 2 * 2.5 * 3 / 1000, abs=1e-3)
+
+
+def test_published_weights_predict_without_a_checkpoint_of_ours(
+    usam_py: ModuleType, scan: Path, tmp_path: Path, capsys
+) -> None:
+    model = build_sam_med3d("vit_tiny", num_point_embeddings=4)
+    wrapper = {"model_state_dict": model.state_dict(), "args": Namespace(lr=1)}
+    torch.save(wrapper, tmp_path / "turbo.pth")
+    words = ["--model", "sam-med3d", "--sam_model", "vit_tiny", "--predict", scan]
+    words += ["--sam_weight", tmp_path / "turbo.pth", "--output_dir", tmp_path]
+    run(usam_py, *words, "--box", -10, 10, 6, -20, 30, 30, "--mm")
+    assert "points, 1 windows" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "scan_seg.json").read_text())["objects"]
+    assert row["box"] == "given to the model"
 
 
 @pytest.mark.parametrize(
