@@ -122,9 +122,10 @@ class VolumeDataset(Dataset):
     image is int16 or float32 as the store's dtype, in the scan's own units (see crops.normalise);
     mask is 1 in the object. `dataset[index]` is one object of one case, in the published place:
     the cube around the middle of its box. `dataset[index, epoch]` is the training draw, random by
-    (seed, epoch, index) alone: of that case's objects any, in a cube between its box's middle and
-    one of its voxels, where a user's click would place it, flipped along any axis. The object is
-    never empty in its cube. Axes are RAS (x, y, z), at 1.5 mm, zero outside the scan.
+    (seed, epoch, index) alone: of that case's objects any, one of its voxels anywhere in the cube
+    but near the faces, flipped along any axis. Published training centres the object, so that a
+    network may learn the middle instead of the clicks, and windows grown beyond it fail. The
+    object is never empty in its cube. Axes are RAS (x, y, z), at 1.5 mm, zero outside the scan.
     """
 
     def __init__(
@@ -216,11 +217,9 @@ class VolumeDataset(Dataset):
         return self._holding(origin, self._inner_voxel(number, class_id))
 
     def _draw_place(self, number: int, class_id: int, rng: np.random.Generator) -> np.ndarray:
-        low, high = self._box(number, class_id)
         voxel = self._random_voxel(number, class_id, rng)
-        shift = rng.uniform() * (voxel - (low + high) // 2)
-        origin = box_origin(low, high, self.side) + np.rint(shift).astype(np.int64)
-        return self._holding(origin, voxel)
+        margin = self.side // 8
+        return voxel - rng.integers(margin, self.side - margin, 3)
 
     def _holding(self, origin: np.ndarray, voxel: np.ndarray) -> np.ndarray:
         """The place nearest to `origin` whose cube holds the voxel."""

@@ -65,6 +65,15 @@ def test_training_draws_by_seed_epoch_and_index_alone(store: VolumeStore) -> Non
     assert not all(same(other[i, 0], drawn[0][i]) for i in range(len(dataset)))
 
 
+def test_training_shows_objects_anywhere_in_the_cube(store: VolumeStore) -> None:
+    dataset = build_volumes("volumes", "train", store=store, side=32)
+    items = [dataset[index, epoch] for index in range(len(dataset)) for epoch in range(8)]
+    middles = np.array([np.argwhere(item["mask"].numpy()).mean(axis=0) for item in items])
+    assert (middles.min(axis=0) < 8).all()
+    assert (middles.max(axis=0) > 24).all()
+    assert np.abs(middles.mean(axis=0) - 15.5).max() < 2.5  # no side is preferred
+
+
 def test_the_object_is_in_its_cube_however_small_that_is(store: VolumeStore) -> None:
     dataset = build_volumes("volumes", "train", store=store, side=8)  # smaller than the organs
     assert all(dataset[i]["mask"].any() for i in range(len(dataset)))
