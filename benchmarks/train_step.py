@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
-import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -119,28 +120,47 @@ def plain_work(model: PlainUSam, case: Case) -> Work:
     return lambda: plain_steps(model, optimizer, batches, dtype)
 
 
-def compare(case: Case, options: argparse.Namespace) -> tuple[list[Row], float]:
-    """The case's rows, and the median seconds of one of our steps."""
-    device, rows = torch.device(options.device), []
+def compare(case: Case, options: argparse.Namespace) -> tuple[Row, float, float]:
+    """The case's row, the median seconds of one of our steps, and those it took to compile."""
+    device = torch.device(options.device)
     torch.manual_seed(0)
     model = build_usam(options.sam_model, CLASSES, case.size).to(device)
     plain = plain_twin(model, options.sam_model)
-    start = time.perf_counter()
-    if case.compiled:
-        step = engine.segmentation_step(augment, 0, device)
-        samples = [{key: value[0] for key, value in ReadyBatches(case).batches[0].items()}]
-        worked = compile_training(
-            model, step, samples * case.batch, precision_of(case.ours, device)
-        )
-        took = f"{time.perf_counter() - start:.0f} s" if worked else "failed"
-        rows.append(Row("seconds to compile", ours=took, baseline="-", ratio="-"))
+    compiling = harness.seconds(lambda: compiled(model, case, device), device)
     pairs = harness.paired_seconds(
         our_work(model, case, device), plain_work(plain, case),
         rounds=options.rounds, device=device,
     )  # fmt: skip
-    images = case.batch * case.steps
-    rows.insert(0, harness.compared(Row(str(case), case.goal), pairs, images, "images/s"))
-    return rows, sorted(ours for ours, _ in pairs)[len(pairs) // 2] / case.steps
+    row = harness.compared(Row(str(case), case.goal), pairs, case.batch * case.steps, "images/s")
+    return row, statistics.median(ours for ours, _ in pairs) / case.steps, compiling
+
+
+def compiled(model: USam, case: Case, device: torch.device) -> None:
+    """Compile in place what the case wants compiled. Raises RuntimeError where that fails."""
+    if not case.compiled:
+        return
+    step = engine.segmentation_step(augment, 0, device)
+    sample = {key: value[0] for key, value in ReadyBatches(case).batches[0].items()}
+    precision = precision_of(case.ours, device)
+    if not compile_training(model, step, [sample] * case.batch, precision):
+        raise RuntimeError(f"{case}: the compiler failed")
+
+
+def host_syncs(case: Case, options: argparse.Namespace) -> Row:
+    """How often a CUDA step waits for the device between two prints: 8 steps against 4."""
+    device = torch.device(options.device)
+    model, found = build_usam(options.sam_model, CLASSES, case.size).to(device), {}
+    for steps in (4, 8):
+        work = our_work(model, case._replace(steps=steps), device)
+        work()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+        torch.cuda.set_sync_debug_mode("default")
+        found[steps] = sum("synchroniz" in str(warning.message) for warning in caught)
+    a_step = (found[8] - found[4]) / 4
+    return Row("host syncs a step between two prints", "0", f"{a_step:g}", "-", "-")
 
 
 def share_of_peak(case: Case, seconds: float, options: argparse.Namespace) -> str:
@@ -219,11 +239,19 @@ def main() -> None:
     if options.unmeasured:
         print(harness.table([*(Row(str(c), c.goal) for c in cases), memory_title(cases[-1])]))
         return
-    device, rows, notes = torch.device(options.device), [], []
+    device, rows, notes, eager = torch.device(options.device), [], [], {}
     for case in cases:
-        found, seconds = compare(case, options)
-        rows += found
+        row, seconds, compiling = compare(case, options)
+        rows.append(row)
         notes.append(share_of_peak(case, seconds, options))
+        if case.compiled:
+            gained = eager[case.batch, case.ours] - seconds
+            steps = f"{compiling / gained:.0f} steps" if gained > 0 else "never"
+            notes.append(f"{case}: {compiling:.0f} s to compile, made good after {steps}")
+        else:
+            eager[case.batch, case.ours] = seconds
+    if on_gpu:
+        rows.append(host_syncs(cases[0], options))
     rows.append(memory_row(memory_case(options), options))
     print(f"U-SAM {options.sam_model}, training; {harness.machine(device)}")
     print(harness.peaks_line(device) + "\n")
