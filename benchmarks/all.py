@@ -55,8 +55,9 @@ def part(device: str, names: list[str], flags: list[str]) -> str:
 
 def unmeasured(device: str) -> str:
     """The part of a device that this machine lacks."""
-    sections = [f"### {name}\n\n{run(name, device, ['--unmeasured'])}" for name in BENCHMARKS[:3]]
-    command = "`python -m benchmarks.all --device cuda` fills this part"
+    tables = {name: run(name, device, ["--unmeasured"]) for name in BENCHMARKS[:3]}
+    sections = [f"### {name}\n\n{text.rpartition('`python')[0]}" for name, text in tables.items()]
+    command = f"`python -m benchmarks.all --device {device}` fills this part"
     return f"## {device}: unmeasured\n\n{command}.\n\n" + "\n".join(sections)
 
 

@@ -237,7 +237,8 @@ def main() -> None:
         print(json.dumps(peak_memory(options.memory_of, options.case, options)))
         return
     if options.unmeasured:
-        print(harness.table([*(Row(str(c), c.goal) for c in cases), memory_title(cases[-1])]))
+        titles = [*(Row(str(c), c.goal) for c in cases), memory_title(memory_case(options))]
+        print(harness.table(titles))
         return
     device, rows, notes, eager = torch.device(options.device), [], [], {}
     for case in cases:
