@@ -96,7 +96,7 @@ def load_split(args: Namespace, split: str) -> SliceDataset:
     """One split of the data set that the flags name."""
     return build_dataset(
         args.dataset, split, data_root=args.data_root, img_size=args.img_size,
-        seed=args.seed, val_fraction=args.val_fraction,
+        seed=args.seed, val_fraction=args.val_fraction, empty=args.empty,
     )  # fmt: skip
 
 
@@ -318,7 +318,7 @@ if __name__ == "__main__":
         main(flags)
     except (ValueError, OSError) as error:
         # A loader's process sends its whole traceback, which ends in the line that matters.
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         print(f"u-sam.py: error: {reason}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     finally:

@@ -165,9 +165,10 @@ class SliceDataset(Dataset):
             rng = np.random.default_rng((self.seed, epoch, index))
             clip_limit = float(rng.uniform(*CLIP_LIMITS))
         image, mask = (self._cropped(array) for array in self.store.read(number, k))
-        channels = np.stack([self._channel(plane, clip_limit) for plane in (image,)])
+        # Copied where nothing changed it yet: what lies in the store's map cannot be written to.
+        channel = np.array(self._channel(image, clip_limit))
         return {
-            "image": torch.from_numpy(channels),
+            "image": torch.from_numpy(channel[None]),
             "mask": torch.from_numpy(np.array(resize_mask(mask, self.img_size))),
             "id": self.store.cases[number]["slices"][k],
         }

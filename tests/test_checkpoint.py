@@ -131,6 +131,14 @@ def test_what_is_saved_is_the_state_at_the_time_of_asking(tmp_path: Path) -> Non
     assert value_of(tmp_path / "last.pth") == 1
 
 
+def test_weights_of_both_files_are_copied_once() -> None:
+    weights = torch.ones(2)
+    copied = checkpoint.to_cpu({"best": {"model": weights}, "last": [weights, weights[:1]]})
+    assert copied["best"]["model"] is copied["last"][0]
+    assert copied["last"][0].data_ptr() != weights.data_ptr()
+    assert copied["last"][1].tolist() == [1]
+
+
 def test_failed_saves_are_reported_and_the_third_in_a_row_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -534,6 +534,48 @@ def test_published_commands_parse(command: str) -> None:
     assert flags.parse_flags(DATASETS, shlex.split(command)).dataset == "rectum"
 
 
+def test_every_flag_is_read() -> None:
+    text = Path(SCRIPT).read_text() + (ROOT / "sam_med3d.py").read_text()
+    unread = [
+        name
+        for name in vars(flags.parse_flags(DATASETS, []))
+        if not re.search(rf"args\.{name}\b", text)
+    ]
+    assert not unread
+
+
+@pytest.mark.parametrize(("value", "number"), [(None, 12), ("keep", 12), ("drop", 4), ("50%", 8)])
+def test_empty_limits_training_slices_without_foreground(
+    tmp_path: Path, value: str | None, number: int
+) -> None:
+    cases, mask = [], np.zeros((3, 32, 32), np.uint8)
+    mask[1, 8:16, 8:16] = 1
+    for split, count in (("train", 4), ("test", 1)):
+        for name in (f"{split}{i}" for i in range(count)):
+            entry = {
+                "id": name,
+                "split": split,
+                "file": name,
+                "slices": [f"{name}_{k}" for k in range(3)],
+            }
+            cases.append(write_case(tmp_path, entry, mask * 200, mask))
+    classes = [{"id": i, "name": n, "color": "#000000"} for i, n in enumerate("ab")]
+    write_index(tmp_path, {"classes": classes, "orientation": "LPS", "cases": cases})
+    given = ["--dataset", "store", "--data_root", str(tmp_path), "--val_fraction", "0"]
+    args = flags.parse_flags(DATASETS, given + (["--empty", value] if value else []))
+    flags.settle(args, None)
+    load_split = runpy.run_path(SCRIPT, run_name="u_sam")["load_split"]
+    assert len(load_split(args, "train")) == number
+    assert len(load_split(args, "test")) == 3
+
+
+@pytest.mark.parametrize("given", [["--empty", "drop"], ["--init", "chkpt/best.pth"]])
+def test_flags_of_the_other_model_are_refused(given: list[str]) -> None:
+    args = flags.parse_flags([*DATASETS, "phantom3d"], ["--model", "sam-med3d", *given])
+    with pytest.raises(ValueError, match=f"{given[0]} is not for --model sam-med3d"):
+        flags.settle(args, None)
+
+
 def test_defaults_are_the_published_ones() -> None:
     args = flags.parse_flags(DATASETS, [])
     flags.settle(args, None)

@@ -215,6 +215,7 @@ def test_published_checkpoint_reads_as_ours(tiny, tmp_path):
     checkpoint = weights.read_checkpoint(path)
     assert weights.points_are_row_col(checkpoint)
     assert checkpoint["args"]["sam_model"] == "vit_tiny"
+    assert checkpoint["args"]["model"] == "u-sam"
     assert checkpoint["data"]["img_size"] == 64
     assert len(checkpoint["data"]["classes"]) == 3
     assert checkpoint["data"]["prompt_mode"] == 1

@@ -106,14 +106,21 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any], source: Path) -
     model.load_state_dict(state)
 
 
-def to_cpu(state: Any) -> Any:
-    """A copy of nested dicts and lists whose tensors lie in memory of their own on the CPU."""
+def to_cpu(state: Any, copies: dict[int, torch.Tensor] | None = None) -> Any:
+    """A copy of nested dicts and lists whose tensors lie in memory of their own on the CPU.
+
+    A tensor met twice, as the weights of best.pth and last.pth are, is copied once. `copies`:
+    the copies made so far, by the identity of what they are copies of.
+    """
+    copies = {} if copies is None else copies
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        if id(state) not in copies:
+            copies[id(state)] = state.detach().to("cpu", copy=True)
+        return copies[id(state)]
     if isinstance(state, Mapping):
-        return {key: to_cpu(value) for key, value in state.items()}
+        return {key: to_cpu(value, copies) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return [to_cpu(value) for value in state]
+        return [to_cpu(value, copies) for value in state]
     return state
 
 

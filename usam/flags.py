@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "dataset": "rectum",
         "sam_model": "vit_b",
         "img_size": 224,
+        "empty": None,  # as the data set has it
         "prompt_mode": 0,
         "epochs": 100,
         "batch_size": 24,
@@ -49,7 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ONLY_FOR = {  # flags without a default that one model has
-    "u-sam": ("window", "slice", "probabilities", "largest_component"),
+    "u-sam": ("init", "window", "slice", "probabilities", "largest_component"),
     "sam-med3d": ("classes", "init_mask"),
 }
 DATASETS_3D = ("volumes", "phantom3d")
@@ -224,7 +225,7 @@ def check_model_flags(args: argparse.Namespace) -> None:
     other = {name for flags in DEFAULTS.values() for name in flags} - DEFAULTS[args.model].keys()
     other |= {name for model, names in ONLY_FOR.items() if model != args.model for name in names}
     for name in sorted(other):
-        if getattr(args, name) not in (None, False):
+        if (given := getattr(args, name)) is not None and given is not False:  # 0 was given, too
             raise ValueError(f"--{name} is not for --model {args.model}; leave it out")
     if args.dataset and (args.dataset in DATASETS_3D) != (args.model == "sam-med3d"):
         raise ValueError(f"--dataset {args.dataset} is not for --model {args.model}")

@@ -288,7 +288,7 @@ def from_published(content: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": state,
-        "args": flags | {"sam_model": sam_model},
+        "args": flags | {"model": "u-sam", "sam_model": sam_model},
         "data": {
             "classes": ["background", *(f"class {i}" for i in range(1, num_classes))],
             "img_size": img_size,
