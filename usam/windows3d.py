@@ -69,8 +69,9 @@ class Session:
     As in training, each click adds to those before and its window sees its own last answer as a
     mask. The windows of clicks are kept. Others are grown anew after each click, from these: where
     the object touches a face of a window and the volume goes on, a window is centred there, which
-    is told what is known in the overlap as a mask and by a click in its middle. Overlapping
-    answers are averaged, each with a weight that falls towards its faces.
+    is told so by a click in the middle of the part that is seen. That is a first round as in
+    training; the half of a mask from the overlap, which no training shows, made answers worse.
+    Overlapping answers are averaged, each with a weight that falls towards its faces.
     """
 
     def __init__(self, encoder: Encoder, known: Tensor | None = None) -> None:
@@ -126,16 +127,14 @@ class Session:
         return torch.where(weight > 0, total / weight.clamp(min=1e-6), rest)
 
     def _open(self, origin: Voxel) -> Window:
-        """A window whose mask is what is known there, 0 elsewhere."""
+        """A window whose mask is the part of the given one, or 0 as before the first click."""
         origin = tuple(int(index) for index in origin)
         low = 3 * (self.side // 4,)
         mask = torch.zeros(1, 1, *low, device=self._sum.device)
-        inside, own = overlap(origin, self.side, self.encoder.shape)
-        seen = (self._weight[inside] > 0).any()
-        if seen or self._known is not None:
-            full = torch.zeros(3 * (self.side,), device=mask.device)
-            full[own] = self._logits_in(inside)
-            full[full == OUTSIDE] = 0
+        if self._known is not None:
+            inside, own = overlap(origin, self.side, self.encoder.shape)
+            full = torch.full(3 * (self.side,), -KNOWN, device=mask.device)
+            full[own] = self._known[inside]
             mask = F.adaptive_avg_pool3d(full[None, None], low)
         return Window(origin, self.encoder.embedding(origin), mask)
 
