@@ -22,7 +22,7 @@ from dataset.phantom_patient import draw_anatomy
 from dataset.phantom_shapes import Shape, Tissue
 from dataset.slices import Entry, SliceStore, move_into_place, write_case, write_index
 
-VERSION = 2  # raised whenever the same seed draws other pictures
+VERSION = 3  # raised whenever the same seed draws other pictures
 SIZE = 224  # pixels a side, as the CARE release's slices
 THICKNESS = 5.0  # mm, slice spacing
 WINDOW = (-160, 240)  # HU, abdominal soft tissue
@@ -43,12 +43,12 @@ ENHANCING = (
     Tissue.RECTAL_STOOL,
     Tissue.TUMOUR,
 )
-ENHANCEMENT = 17  # HU, half the range over which dose and timing of contrast medium move these
+ENHANCEMENT = 19  # HU, half the range over which dose and timing of contrast medium move these
 
 # Tissue: mean HU, how much the mean differs between patients (standard deviation), and the
 # texture's standard deviation, coarse and fine. Means: Buzug, Computed Tomography (2008), table
 # of HU; for bone, urine and enhanced blood the ranges of Wikipedia's "Hounsfield scale". Tumours
-# are drawn as after contrast medium and stand out from wall and contents by about 30 HU, more
+# are drawn as after contrast medium and stand out from wall and contents by nearly 40 HU, more
 # than most real ones, so that minutes of training suffice; they do not stand out from prostate,
 # uterus and muscle, and differ between patients by as much, so that no threshold does.
 HU = {
@@ -60,7 +60,7 @@ HU = {
     Tissue.CORTEX: (750, 60, 60, 0),
     Tissue.MARROW: (185, 30, 40, 45),
     Tissue.URINE: (6, 4, 0, 0),
-    Tissue.GLAND: (63, 5, 8, 4),
+    Tissue.GLAND: (70, 5, 8, 4),
     Tissue.VESSEL: (95, 30, 0, 0),
     Tissue.BOWEL_WALL: (46, 5, 5, 0),
     Tissue.BOWEL_FLUID: (15, 6, 6, 0),
@@ -70,7 +70,7 @@ HU = {
     Tissue.RECTAL_FLUID: (15, 5, 8, 0),
     Tissue.RECTAL_STOOL: (19, 5, 24, 16),
     Tissue.RECTAL_GAS: (-900, 0, 0, 0),
-    Tissue.TUMOUR: (70, 3, 7, 4),
+    Tissue.TUMOUR: (76, 3, 7, 4),
     Tissue.TABLE: (350, 0, 0, 0),
 }
 
@@ -99,7 +99,7 @@ def build(
     folder: Path | str,
     *,
     seed: int = 202307,
-    train_cases: int = 60,
+    train_cases: int = 96,
     test_cases: int = 12,
     num_slices: int = 8,
 ) -> Path:
