@@ -40,6 +40,7 @@ def in_a_child(work: Callable[[], None]) -> int:
     """The number of a forked process that does `work` and leaves with code 0, or 1 on an error."""
     if not (number := os.fork()):
         try:
+            torch.set_num_threads(1)  # the parent's OpenMP threads do not survive the fork
             work()
             os._exit(0)
         finally:
