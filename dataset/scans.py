@@ -256,14 +256,6 @@ def crop(volume: Volume, box: Box) -> Volume:
     return replace(volume, slices=volume.slices[:, y0:y1, x0:x1], affine=affine)
 
 
-def uncrop(slices: np.ndarray, box: Box, size: tuple[int, int], fill: float = 0) -> np.ndarray:
-    """Slices (S, h, w) set back into (S, H, W) of the given size; fill outside the box."""
-    y0, y1, x0, x1 = box
-    out = np.full((len(slices), *size), fill, dtype=slices.dtype)
-    out[:, y0:y1, x0:x1] = slices
-    return out
-
-
 def resample_in_plane(volume: Volume, target: float, *, labels: bool = False) -> Volume:
     """Slices resampled to about `target` mm a pixel, LPS orientation; sizes are whole pixels.
 

@@ -252,17 +252,14 @@ class SliceStore:
         """Class names by label id; the first is the background."""
         return [row["name"] for row in self.index["classes"]]
 
-    def slices(self, split: str, *, unlisted: bool = False) -> list[tuple[int, int]]:
-        """(case number, slice) of every slice of a split, in order.
-
-        Slices that the release's CSV does not name are left out unless `unlisted`.
-        """
+    def slices(self, split: str) -> list[tuple[int, int]]:
+        """(case number, slice) of every slice of a split that the release's CSV names, in order."""
         return [
             (number, k)
             for number, case in enumerate(self.cases)
             if case["split"] == split
             for k in range(case["shape"][0])
-            if unlisted or case["listed"] is None or case["listed"][k]
+            if case["listed"] is None or case["listed"][k]
         ]
 
     def read(self, case_number: int, k: int) -> tuple[np.ndarray, np.ndarray]:

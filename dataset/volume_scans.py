@@ -150,10 +150,6 @@ class ScanVolume:
         low, high = placed.min(axis=0), placed.max(axis=0)
         return f", {' '.join(f'{v:g}' for v in low)} to {' '.join(f'{v:g}' for v in high)} mm"
 
-    def label_in(self, label: np.ndarray) -> np.ndarray:
-        """A label on the scan's voxels (I, J, K), any dtype, at the image's voxels (X, Y, Z)."""
-        return resample_label(label, self.grid)
-
     def restore(self, label: np.ndarray) -> np.ndarray:
         """A label at the image's voxels (X, Y, Z) on the scan's own (I, J, K), each its nearest."""
         grid = self.grid

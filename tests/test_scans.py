@@ -27,7 +27,6 @@ from dataset.scans import (
     resample_in_plane,
     save_label,
     to_canonical,
-    uncrop,
     window_limits,
 )
 
@@ -295,8 +294,7 @@ def test_the_body_box_leaves_the_table_out():
     volume = Volume(slices, (1.0, 1.0, 1.0), lps_affine())
     inner = crop(volume, (y0, y1, x0, x1))
     np.testing.assert_allclose(inner.affine @ [0, 0, 0, 1], volume.affine @ [x0, y0, 0, 1])
-    back = uncrop(inner.slices, (y0, y1, x0, x1), (128, 128), fill=-1000)
-    np.testing.assert_array_equal(back[:, :110], slices[:, :110])
+    np.testing.assert_array_equal(inner.slices, slices[:, y0:y1, x0:x1])
     assert body_box(np.full((2, 50, 60), -1000, np.int16), (-160, 240)) == (0, 50, 0, 60)
 
 

@@ -60,7 +60,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     store = SliceStore(tmp_path)
     assert store.classes == ["background", "a", "b"]
     assert store.slices("test") == [(0, 0)]
-    assert store.slices("test", unlisted=True) == [(0, 0), (0, 1)]
     assert store.slices("train") == []
     assert store.cases[0]["pixels"] == [[7, 7, 6], [7, 6, 7]]
     read = store.read(0, 1)
