@@ -22,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from usam.checkpoint import FORMAT
+from usam.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
 from usam.model import SAM_MODELS, USam, build_usam
 from usam.sam_vit import PATCH
+from usam.torch_files import is_state_dict, read_file, read_tensors
 
-PLAIN = (int, float, str, bool, type(None))
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FOLDER = Path("weight")
 SAM_FILES = {  # the digits are the first of the file's MD5
@@ -255,6 +256,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     whole = isinstance(content, Mapping) and {"model", "args", "data"} <= content.keys()
     if not whole or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT} written by u-sam.py")
+    check_parts(content, path)
     return dict(content)
 
 
@@ -278,6 +280,8 @@ def from_published(content: Mapping[str, Any], source: Path) -> dict[str, Any]:
     Its classes are numbered only and its model's sizes are read off its tensors. Raises
     ValueError naming tensors that are missing or unexpected; those without effect are left out.
     """
+    if not is_state_dict(content["model"]):
+        raise ValueError(f"{source}: its part 'model' is not tensors by name")
     state = {name.removeprefix("module."): value for name, value in content["model"].items()}
     state = {name: value for name, value in state.items() if name not in UNUSED}
     sam_model, num_classes, img_size = sizes(state, source)
@@ -296,10 +300,14 @@ def from_published(content: Mapping[str, Any], source: Path) -> dict[str, Any]:
             "orientation": "stored",
             "spacing": None,
             "clahe": True,  # as published for CARE
-            "prompt_mode": int(flags.get("prompt_mode") or 0),
+            "prompt_mode": whole_number(flags.get("prompt_mode"), most=3),
             "point_order": "row_col",
         },
-        "progress": {"epoch": int(content.get("epoch", 0)), "step": 0, "samples": 0},
+        "progress": {
+            "epoch": whole_number(content.get("epoch"), most=10**9),
+            "step": 0,
+            "samples": 0,
+        },
         "best": {"epoch": None, "mean_dice": None},
     }
 
@@ -308,36 +316,14 @@ def sizes(state: Mapping[str, Tensor], source: Path) -> tuple[str, int, int]:
     """Name of the SAM encoder, number of classes and image size that weights belong to."""
     position, output = "sam.image_encoder.pos_embed", "sam.mask_decoder.final_output.3.weight"
     check_names(source, missing={position, output} - state.keys(), unknown=set())
+    if state[position].dim() != 4 or state[output].dim() < 1:
+        raise ValueError(
+            f"{source}: {position} is {tuple(state[position].shape)}, not (1, h, w, C)"
+        )
     _, side, _, width = state[position].shape
+    if side * PATCH > MAX_SIDE:
+        raise ValueError(f"{source}: made for images of {side * PATCH} pixels")
     names = [name for name, size in SAM_MODELS.items() if size.width == width]
     if not names:
         raise ValueError(f"{source}: no SAM encoder is {width} channels wide")
     return names[0], len(state[output]), side * PATCH
-
-
-# ------------------------------------------------------------------ reading
-
-
-def read_file(path: Path) -> Any:
-    """What a torch file holds, on the CPU; runs no code, and allows no object but a Namespace.
-
-    Raises ValueError if it is damaged or holds anything else.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the reader raises a different type for every kind of damage
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or not a plain checkpoint: {reason}") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a file that holds nothing else; see `read_file`."""
-    content = read_file(path)
-    if not isinstance(content, Mapping) or not all(
-        isinstance(value, Tensor) for value in content.values()
-    ):
-        raise ValueError(f"{path}: wanted tensors by name, as SAM's checkpoints hold them")
-    return dict(content)

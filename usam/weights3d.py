@@ -5,14 +5,13 @@ u-sam.py reads a file here first, for the layout it holds, then loads it into th
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from usam.torch_files import read_file
 
 ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
 PUBLISHED = Path("weight/sam_med3d_turbo.pth")
@@ -92,20 +91,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError for a file that is no checkpoint, or holds anything that could run code.
     """
-    try:
-        # The wrapper's `args` is the one object that a weights-only load refuses.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty file"
-        raise ValueError(f"{path}: not a checkpoint that can be read safely: {reason}") from error
+    content = read_file(path)  # the wrapper's `args` is an argparse.Namespace
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path}: wanted a state dict, found {type(content).__name__}")
-    other = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    other = [
+        str(name)
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if other:
         raise ValueError(f"{path}: wanted tensors by name, found other values: {other[0]}")
     return dict(content)

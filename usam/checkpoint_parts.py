@@ -1,0 +1,62 @@
+"""What each part of a checkpoint of ours must be, whoever wrote the file.
+
+`usam.weights` asks here before anything of a checkpoint is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from usam.torch_files import is_state_dict
+
+PLAIN = (int, float, str, bool, type(None))
+MAX_SIDE = 8192  # pixels; the largest side a model is built for
+MAPPINGS = ("model", "args", "data", "progress", "best", "optimizer", "scaler", "rng")
+
+
+def _is_list(value: object, kinds: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, kinds) for one in value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Real) and 0 < value < math.inf
+
+
+DATA: dict[str, Callable[[Any], bool]] = {  # what must be true of "data" where it says it
+    "classes": lambda value: _is_list(value, str) and 2 <= len(value) <= 256,
+    "colors": lambda value: _is_list(value, (str, type(None))),
+    "img_size": lambda value: type(value) is int and 0 < value <= MAX_SIDE,
+    "window": lambda value: value is None or isinstance(value, str)
+    or (_is_list(value, Real) and len(value) == 2),
+    "orientation": lambda value: isinstance(value, str),
+    "spacing": lambda value: value is None or _is_size(value),
+    "crop": lambda value: isinstance(value, Real) and 0 <= value < 0.5,
+    "prompt_mode": lambda value: type(value) is int and 0 <= value <= 3,
+    "num_point_embeddings": lambda value: value in (2, 4),
+}  # fmt: skip
+
+
+def check_parts(content: Mapping[str, Any], source: Path) -> None:
+    """Raises ValueError naming the part of a checkpoint of ours that is not as u-sam.py writes it.
+
+    Weights are tensors by name, flags plain values; of "data" what is there must be usable.
+    """
+    wrong = [part for part in MAPPINGS if not isinstance(content.get(part, {}), Mapping)]
+    if not wrong and not is_state_dict(content["model"]):
+        wrong = ["model"]
+    if not wrong and not all(isinstance(value, PLAIN) for value in content["args"].values()):
+        wrong = ["args"]
+    if not wrong:
+        data = content["data"]
+        wrong = [f"data/{key}" for key, fits in DATA.items() if key in data and not fits(data[key])]
+    if wrong:
+        raise ValueError(f"{source}: its part {wrong[0]!r} is not as u-sam.py writes it")
+
+
+def whole_number(value: object, *, most: int) -> int:
+    """A whole number from 0 to `most` out of a stranger's file; 0 where it is anything else."""
+    return value if type(value) is int and 0 <= value <= most else 0

@@ -1,0 +1,146 @@
+"""Torch files from anywhere: no code runs, no bit is off and nothing grows beyond the file's size.
+
+`usam.weights` and `usam.weights3d` read every checkpoint, ours or a stranger's, through here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_PICKLE_BYTES = 8 << 20  # names and shapes of 2,000 tensors take about 0.5 MB
+MAX_DEPTH = 32
+SPARE_BYTES = 64 << 20  # a tensor of equal numbers may be stored as one, if it is not a huge one
+CHUNK = 1 << 22
+# What a pickle may name. torch's own list is longer, and some of it takes any amount of memory:
+# bytearray(10**11) fits into twenty bytes.
+ALLOWED = re.compile(
+    r"collections (OrderedDict|Counter)|argparse Namespace"
+    r"|torch._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch \w+Storage|torch Size|torch device|torch (b?float|u?int|bool|half|double|long)\d*"
+)
+
+
+def read_file(path: Path) -> Any:
+    """What a torch file holds, on the CPU; runs no code, and allows no object but a Namespace.
+
+    Before torch sees it, the zip's checksums are compared, which torch does not, and what its
+    pickle names is looked up. Raises FileNotFoundError, or ValueError in one line for a file that
+    is damaged, holds anything else or claims to hold more than its size.
+    """
+    try:
+        check_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        check_content(content, most_bytes=path.stat().st_size + SPARE_BYTES)
+        return content
+    except FileNotFoundError:
+        raise
+    except MemoryError as error:
+        raise ValueError(f"{path}: not enough memory to read it") from error
+    except Exception as error:  # the readers raise a different type for every kind of damage
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or not a plain checkpoint: {reason:.200}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name in a file that holds nothing else; see `read_file`."""
+    content = read_file(path)
+    if not is_state_dict(content):
+        raise ValueError(f"{path}: wanted tensors by name, as SAM's checkpoints hold them")
+    return dict(content)
+
+
+def is_state_dict(content: object) -> bool:
+    """Whether something read from a file is tensors by name and nothing else."""
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+
+
+def check_archive(path: Path) -> None:
+    """Raises ValueError unless the file is a zip as torch.save writes it, sound to the last bit.
+
+    Nothing in it may be compressed, be there twice or differ from its checksum, and its pickle may
+    name nothing that could run or grow.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [member.filename for member in members]
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+                raise ValueError("its parts are compressed, which torch never does")
+            if len(set(names)) != len(names):
+                raise ValueError("it holds two parts of one name")
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("its parts claim more bytes than the file has")
+            for member in members:
+                with archive.open(member) as part:
+                    while part.read(CHUNK):  # compares the checksum at the end
+                        pass
+            pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise ValueError("it holds no data.pkl, or several")
+            if pickles[0].file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"its pickle is over {MAX_PICKLE_BYTES >> 20} MiB")
+            check_pickle(archive.read(pickles[0]))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"not a whole zip as torch 1.6 and newer save it ({error})") from None
+
+
+def check_pickle(code: bytes) -> None:
+    """Raises UnpicklingError for a pickle that names anything but tensors and plain containers."""
+    for opcode, argument, _ in pickletools.genops(code):
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"):
+            raise pickle.UnpicklingError(f"it names objects by {opcode.name}, which torch does not")
+        if opcode.name == "GLOBAL" and not ALLOWED.fullmatch(argument):
+            name = argument.replace(" ", ".")
+            raise pickle.UnpicklingError(
+                f"it asks for {name:.100}, which is neither data nor plain"
+            )
+
+
+def check_content(content: object, *, most_bytes: int) -> None:
+    """Raises ValueError for tensors that are not plain memory of at most `most_bytes` each.
+
+    A tensor of few bytes may claim any shape through strides of 0, and lists may hold each other.
+    """
+    for value in leaves(content):
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError("it holds a tensor that is not plain memory")
+        if value.numel() * value.element_size() > most_bytes:
+            raise ValueError(
+                f"a tensor claims {tuple(value.shape)} numbers, more than the file has"
+            )
+
+
+def leaves(content: object) -> Iterator[object]:
+    """Every value inside nested mappings, lists, tuples and Namespaces, each container once.
+
+    Raises ValueError where they are nested deeper than MAX_DEPTH.
+    """
+    waiting, seen = [(content, 0)], set()
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if not isinstance(value, Mapping | list | tuple | set):
+            yield value
+            continue
+        if depth >= MAX_DEPTH:
+            raise ValueError(f"it is nested over {MAX_DEPTH} deep")
+        if id(value) not in seen:
+            seen.add(id(value))
+            inside = value.values() if isinstance(value, Mapping) else value
+            waiting += [(one, depth + 1) for one in inside]
