@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -159,6 +160,20 @@ def fingerprint(array: np.ndarray) -> str:
 def relative(path: Path, root: Path) -> str:
     """The path as seen from root where it lies below it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def unknown_files(folder: Path, cases: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """What lies among the arrays of a store and belongs to none of its cases."""
+    known = {case["file"] for case in cases}
+    for path in sorted((folder / "cases").iterdir()):
+        stem = path.name.removesuffix(".npy").removesuffix(".image").removesuffix(".mask")
+        if stem.removesuffix(".json") not in known:
+            yield Finding("odd", f"cases/{path.name}", "is not in the index")
+
+
+def without_folder(error: object, folder: Path) -> str:
+    """An error's text on one line, without the folder that the reader already knows."""
+    return " ".join(str(error).replace(f"{folder}/", "").split())
 
 
 def compare_cases(cases: Sequence[Checked]) -> Iterator[Finding]:

@@ -10,11 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dataset.checks import Checked, Finding, check_counts, compare_cases, fingerprint
+from dataset.checks import (
+    Checked,
+    Finding,
+    check_counts,
+    compare_cases,
+    fingerprint,
+    unknown_files,
+    without_folder,
+)
 from dataset.slices import SliceStore
 
 PARTIAL = ("care", "phantom")  # sources that hold cases without foreground on purpose
@@ -33,12 +40,12 @@ def check_store(folder: Path, run: Callable[..., Iterator[Checked]]) -> tuple[li
     try:
         store = SliceStore(folder)
     except (ValueError, OSError) as error:
-        return [Finding("wrong", "index.json", _short(error, folder))], 0
+        return [Finding("wrong", "index.json", without_folder(error, folder))], 0
     cases = list(run(check_case, [StoreJob(folder, n) for n in range(len(store.cases))]))
     findings = [finding for case in cases for finding in case.findings]
     findings += compare_cases(cases)
     findings += _check_names(store)
-    findings += _check_files(store)
+    findings += unknown_files(store.folder, store.cases)
     findings += _check_splits(store)
     return findings, len(cases)
 
@@ -54,7 +61,7 @@ def check_case(job: StoreJob) -> Checked:
     try:
         planes = [store.read(job.number, k) for k in range(case["shape"][0])]
     except (ValueError, OSError) as error:
-        checked.wrong(_short(error, job.folder))
+        checked.wrong(without_folder(error, job.folder))
         return checked
     counts = [np.bincount(mask.ravel(), minlength=len(store.classes)) for _, mask in planes]
     if any(count.tolist() != row for count, row in zip(counts, case["pixels"], strict=True)):
@@ -73,14 +80,6 @@ def _check_names(store: SliceStore) -> Iterator[Finding]:
     for name, count in names.items():
         if count > 1:
             yield Finding("wrong", "index.json", f"{count} slices are named {name!r}")
-
-
-def _check_files(store: SliceStore) -> Iterator[Finding]:
-    known = {case["file"] for case in store.cases}
-    for path in sorted((store.folder / "cases").iterdir()):
-        stem = path.name.removesuffix(".npy").removesuffix(".image").removesuffix(".mask")
-        if stem.removesuffix(".json") not in known:
-            yield Finding("odd", f"cases/{path.name}", "is not in the index")
 
 
 def _check_splits(store: SliceStore) -> Iterator[Finding]:
@@ -103,8 +102,3 @@ def _check_splits(store: SliceStore) -> Iterator[Finding]:
     for number, (train, val) in enumerate(folds):
         if train & val or train | val != whole["train"]:
             yield Finding("wrong", path.name, f"fold {number} does not divide the training cases")
-
-
-def _short(error: Any, folder: Path) -> str:
-    """An error's text without the folder that the reader already knows."""
-    return " ".join(str(error).replace(f"{folder}/", "").split())

@@ -15,8 +15,10 @@ from typing import Any
 from dataset.checks import Checked, Finding, ScanJob, check_scan, compare_cases, relative
 from dataset.checks_care import check_care
 from dataset.checks_store import check_store
+from dataset.checks_volumes import check_volume_store
 from dataset.parallel import default_workers, each_case
 from dataset.sources import LAYOUTS, Source, find_source, guess_layout
+from dataset.volume_store import FORMAT
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dir", type=Path, help="folder of a raw data set or of a store")
     parser.add_argument(
-        "--source", choices=(*LAYOUTS, "store"), help="layout; found out if left out"
+        "--source", choices=(*LAYOUTS, "store", "volumes"), help="layout; found out if left out"
     )
     parser.add_argument("--labels", type=Path, help="folder: the labels, DIR being the images")
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
@@ -87,8 +89,7 @@ def verify(
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     if layout is None:
-        stored = (folder / "index.json").exists()
-        layout = "store" if stored else "folder" if labels else guess_layout(folder)
+        layout = stored_as(folder) or ("folder" if labels else guess_layout(folder))
 
     def run(work: Callable[[Any], Checked], jobs: Sequence[Any]) -> Iterator[Checked]:
         results = each_case(work, jobs, workers=workers, title="verifying")
@@ -98,11 +99,23 @@ def verify(
 
     if layout == "store":
         findings, files = check_store(folder, run)
+    elif layout == "volumes":
+        findings, files = check_volume_store(folder, run)
     elif layout == "care":
         findings, files = check_care(folder, run)
     else:
         findings, files = _check_scans(layout, folder, labels, channel, run)
     return layout, sorted(findings, key=lambda f: (f.level != "wrong", f.file, f.what)), files
+
+
+def stored_as(folder: Path) -> str | None:
+    """ "store" for prepared slices, "volumes" for prepared volumes, None for anything else."""
+    path = folder / "index.json"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:  # the cases, which may be many, come first
+        file.seek(max(path.stat().st_size - 2**16, 0))
+        return "volumes" if f'"format": "{FORMAT}"'.encode() in file.read() else "store"
 
 
 def _unreadable(job: Any, error: Exception) -> Checked:

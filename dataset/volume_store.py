@@ -58,7 +58,7 @@ def write_volume(
     (folder / "cases").mkdir(parents=True, exist_ok=True)
     save_array(folder / "cases" / f"{file}.image.npy", image)
     save_array(folder / "cases" / f"{file}.mask.npy", mask)
-    boxes, pixels = _measured(mask)
+    boxes, pixels = measured(mask)
     present = [int(number) for number in boxes]
     blank = {"spacing": [1.5, 1.5, 1.5], "affine": None, "patient": entry.get("id"), "dropped": []}
     return {
@@ -72,8 +72,8 @@ def write_volume(
     }
 
 
-def _measured(mask: np.ndarray) -> tuple[Entry, Entry]:
-    """Boxes and counts per plane of each label but 0."""
+def measured(mask: np.ndarray) -> tuple[Entry, Entry]:
+    """Boxes and counts per plane, {id: ...}, of each label but 0 in a mask uint8 (X, Y, Z)."""
     num_labels = int(mask.max(initial=0)) + 1
     counts = np.array([np.bincount(plane.ravel(), minlength=num_labels) for plane in mask])
     boxes, pixels = {}, {}
