@@ -19,14 +19,20 @@ from torch import Tensor
 
 MAX_PICKLE_BYTES = 8 << 20  # names and shapes of 2,000 tensors take about 0.5 MB
 MAX_DEPTH = 32
+OPCODES = re.compile(  # what torch.save writes beside names, calls and the memo
+    r"PROTO|MARK|STOP|NONE|NEW(TRUE|FALSE)|BININT[12]?|LONG1|BINFLOAT|BINUNICODE"
+    r"|SHORT_BINSTRING|EMPTY_(LIST|TUPLE|DICT|SET)|TUPLE[123]?|(APPEND|SETITEM)S?|BUILD|BINPERSID"
+)
 SPARE_BYTES = 64 << 20  # a tensor of equal numbers may be stored as one, if it is not a huge one
 CHUNK = 1 << 22
-# What a pickle may name. torch's own list is longer, and some of it takes any amount of memory:
-# bytearray(10**11) fits into twenty bytes.
-ALLOWED = re.compile(
-    r"collections (OrderedDict|Counter)|argparse Namespace"
-    r"|torch._utils _rebuild_(tensor_v2|parameter)"
-    r"|torch \w+Storage|torch Size|torch device|torch (b?float|u?int|bool|half|double|long)\d*"
+# What a pickle may name, and what of it may be called. torch's own list is longer, and some of it
+# takes any amount of memory: bytearray(10**11) fits into twenty bytes, UntypedStorage(10**11) too.
+CALLED = re.compile(
+    r"collections (OrderedDict|Counter)|argparse Namespace|torch (Size|device)"
+    r"|torch._utils _rebuild_(tensor_v[23]|parameter)"
+)
+NAMED = re.compile(
+    r"torch(\.storage)? \w+Storage|torch (b?float|u?int|bool|half|double|long|complex)\d*"
 )
 
 
@@ -98,15 +104,47 @@ def check_archive(path: Path) -> None:
 
 
 def check_pickle(code: bytes) -> None:
-    """Raises UnpicklingError for a pickle that names anything but tensors and plain containers."""
+    """Raises UnpicklingError for a pickle that names or calls anything but CALLED and NAMED.
+
+    Follows the stack as far as names go: a name may reach a call through the memo only.
+    """
+    stack: list[str | None] = []
+    memo: dict[int, str | None] = {}
     for opcode, argument, _ in pickletools.genops(code):
-        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"):
-            raise pickle.UnpicklingError(f"it names objects by {opcode.name}, which torch does not")
-        if opcode.name == "GLOBAL" and not ALLOWED.fullmatch(argument):
-            name = argument.replace(" ", ".")
+        pushed = [None] * len(opcode.stack_after)
+        if opcode.name == "GLOBAL":
+            _allow(argument, CALLED.fullmatch(argument) or NAMED.fullmatch(argument))
+            pushed = [argument]
+        elif opcode.name in ("REDUCE", "NEWOBJ"):
+            called = stack[-2] if len(stack) > 1 else None
+            _allow(called or "an unknown object", called and CALLED.fullmatch(called))
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            pushed = [memo.get(argument)]
+        elif opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1] if stack else None
+            continue
+        elif not OPCODES.fullmatch(opcode.name):
             raise pickle.UnpicklingError(
-                f"it asks for {name:.100}, which is neither data nor plain"
+                f"its pickle has a {opcode.name}, which torch never writes"
             )
+        _pop(stack, opcode)
+        stack += pushed if opcode.name != "MARK" else ["(mark)"]
+
+
+def _allow(name: str, allowed: object) -> None:
+    if not allowed:
+        raise pickle.UnpicklingError(f"it asks for {name.replace(' ', '.'):.100}, no plain data")
+
+
+def _pop(stack: list[str | None], opcode: pickletools.OpcodeInfo) -> None:
+    """Take off the stack what an opcode takes; down to the last mark where it wants one."""
+    if pickletools.markobject in opcode.stack_before:
+        while stack and stack.pop() != "(mark)":
+            pass
+        extra = opcode.stack_before.index(pickletools.markobject)
+    else:
+        extra = len(opcode.stack_before)
+    del stack[max(0, len(stack) - extra) :]
 
 
 def check_content(content: object, *, most_bytes: int) -> None:
