@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader, Subset
 from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
 from dataset.scan_slices import ScanSlices, find_scans, output_names
 from dataset.scans import parse_window
-from dataset.transforms import augment
+from dataset.transforms import AUGMENTATIONS
 from sam_med3d import run_volumes
 from usam import checkpoint, distributed, engine, report, weights
+from usam.average import WeightAverage, averaged
 from usam.compilation import compile_training, should_compile
 from usam.distributed import say
 from usam.engine import Precision
@@ -39,6 +40,8 @@ from usam.loaders import evaluation_loader, loader_for
 from usam.metrics import rank_score
 from usam.model import USam, build_usam
 from usam.predict import Predictor, predict_scans
+from usam.prompts import MIXED
+from usam.recipes import chosen_loss, jitter_pixels
 from usam.recomputation import recompute_activations
 from usam.run_folder import RunFolder, run_state
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
@@ -53,6 +56,8 @@ def main(args: Namespace) -> None:
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
     saved = weights.read_checkpoint(args.resume) if args.resume else None
     settle(args, saved)
+    if saved and (args.eval or args.predict):
+        saved = averaged(saved)
     precision = engine.select_precision(args.amp, device)
     say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
     if args.model == "sam-med3d":
@@ -96,7 +101,7 @@ def load_split(args: Namespace, split: str) -> SliceDataset:
     """One split of the data set that the flags name."""
     return build_dataset(
         args.dataset, split, data_root=args.data_root, img_size=args.img_size,
-        seed=args.seed, val_fraction=args.val_fraction, empty=args.empty,
+        seed=args.seed, val_fraction=args.val_fraction, empty=args.empty, input_mode=args.input,
     )  # fmt: skip
 
 
@@ -109,24 +114,32 @@ def slices_job(
     """U-SAM's training on `data`, its "train" and "val" splits."""
     how = {"num_workers": args.num_workers, "batch_size": args.batch_size}
     validation, classes = evaluation_loader(data["val"], **how), data["val"].classes
+    mode = 0 if args.prompt_mode == MIXED else args.prompt_mode
 
     def validate() -> Summary:
-        counts = engine.evaluate(
-            model, validation, prompt_mode=args.prompt_mode, precision=precision
-        )
+        counts = engine.evaluate(model, validation, prompt_mode=mode, precision=precision)
         return counts.summary(classes)
 
     def shown(summary: Summary) -> dict[str, float | None]:
         return dict(list(summary["dice"].items())[1:6]) | {"mean": summary["mean_dice"]}
 
+    pixels, device = data["train"].class_pixels, precision.device
+    loss = chosen_loss(args.class_weights, args.focal_gamma, pixels, device)
     return Job(
         model=model,
         groups=model.parameter_groups(args.lr, args.lr_vit, args.lr_backbone),
         data=data["train"],
-        step=engine.segmentation_step(augment, args.prompt_mode, precision.device),
+        step=engine.segmentation_step(
+            AUGMENTATIONS[args.augment],
+            args.prompt_mode,
+            device,
+            loss=loss,
+            prompt_jitter=jitter_pixels(args.prompt_jitter, args.img_size),
+        ),
         validate=validate if len(data["val"]) else None,
         shown=shown,
         info=data["train"].info | {"prompt_mode": args.prompt_mode},
+        favoured=distributed.Favoured(args.foreground_share, data["train"].by_class),
     )
 
 
@@ -138,32 +151,34 @@ def train(args: Namespace, precision: Precision, job: Job, saved: dict[str, Any]
         samples = [job.data[0, 0]] * min(args.batch_size, len(job.data))
         compile_training(job.model, job.step, samples, precision)
     num_samples = len(job.data)
-    batches = distributed.TrainingBatches(num_samples, args.batch_size, args.seed)
+    batches = distributed.TrainingBatches(num_samples, args.batch_size, args.seed, job.favoured)
     loader = loader_for(job.data, args.num_workers, batch_sampler=batches)
     optimizer = engine.build_optimizer(job.groups, args.weight_decay)
     scaler = precision.scaler()
     progress, best = restore(args, saved, optimizer, scaler)
+    average = WeightAverage(job.model, args.ema, (saved or {}).get("average"))
     if args.start_epoch is not None:
         samples = args.start_epoch * len(batches) * batches.samples_per_step
         progress = engine.Progress(epoch=args.start_epoch, samples=samples)
     folder = RunFolder(args.output_dir, args.resume, progress.epoch)
     state = partial(
         run_state, flags=vars(args), data=job.info, model=job.model, progress=progress, best=best,
-        optimizer=optimizer, scaler=scaler,
+        optimizer=optimizer, scaler=scaler, average=average,
     )  # fmt: skip
     one_epoch = partial(
         engine.train_one_epoch, distributed.wrap(job.model, precision.device), loader, optimizer,
         step=job.step, recipe=recipe_of(args, job), precision=precision, scaler=scaler,
-        progress=progress,
+        progress=progress, average=average,
     )  # fmt: skip
-    while progress.epoch < args.epochs:
+    while not is_over(args, progress, best):
         batches.epoch, batches.first_step = progress.epoch, progress.step
         line, started = {"epoch": progress.epoch}, time.perf_counter()
         line |= one_epoch() | {"samples": progress.samples}
         distributed.broadcast_buffers(job.model)
         score = None
         if job.validate:
-            line["val"] = job.validate()
+            with average.in_use():
+                line["val"] = job.validate()
             score = line["val"]["mean_dice"]
         is_best = best["epoch"] is None or rank_score(score) > rank_score(best["mean_dice"])
         if is_best or not job.validate:
@@ -174,10 +189,16 @@ def train(args: Namespace, precision: Precision, job: Job, saved: dict[str, Any]
         folder.save(
             state,
             as_best=best["epoch"] == line["epoch"],
-            may_skip=not (is_best and job.validate) and progress.epoch < args.epochs,
+            may_skip=not (is_best and job.validate) and not is_over(args, progress, best),
         )
     folder.finish()
     say(f"best.pth, last.pth and log.jsonl in {args.output_dir}")
+
+
+def is_over(args: Namespace, progress: engine.Progress, best: dict[str, Any]) -> bool:
+    """Whether all epochs are done, or the last `--patience` of them were not better."""
+    waited = 0 if best["epoch"] is None else progress.epoch - 1 - best["epoch"]
+    return progress.epoch >= args.epochs or 0 < args.patience <= waited
 
 
 def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
@@ -225,7 +246,8 @@ def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
     million = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
     say(
         f"U-SAM {args.sam_model} at {args.img_size} pixels, {million:.1f} M trained parameters; "
-        f"{args.dataset}: {len(data['train'])} training slices, {len(data['val'])} to validate on"
+        f"{args.dataset}: {len(data['train'])} training slices, {len(data['val'])} to validate on; "
+        f"{args.input} input, {args.recipe} recipe"
     )
     if not len(data["val"]):
         say("too few training cases to set some aside: best.pth holds the last epoch")

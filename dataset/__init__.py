@@ -70,14 +70,15 @@ def build_dataset(
     val_fraction: float = 0.1,
     empty: float | None = None,
     store: SliceStore | None = None,
+    input_mode: str = "2d",
     **extra: Any,
 ) -> SliceDataset:
     """The slices of a split ("train", "val", "test") as a Dataset; see SliceDataset for items.
 
     empty: share of the training slices that may be without foreground, from 0 (none) to 1 (all);
-    None leaves it to the data set. `store` spares opening it again. Validation may be empty (too
-    few cases); training and test may not: FileNotFoundError. Errors of open_store and split_slices
-    pass through.
+    None leaves it to the data set. `store` spares opening it again. input_mode: "2d" or "2.5d".
+    Validation may be empty (too few cases); training and test may not: FileNotFoundError. Errors
+    of open_store and split_slices pass through.
     """
     store = store or open_store(name, data_root, **extra)
     chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction)
@@ -87,4 +88,6 @@ def build_dataset(
     if not chosen and (split != "val" or val_fraction == 0):
         wanted = "test" if split == "val" else split
         raise FileNotFoundError(f"dataset {name}: no {wanted} slices in {store.folder}")
-    return SliceDataset(store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop)
+    return SliceDataset(
+        store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop, input_mode=input_mode
+    )

@@ -24,7 +24,7 @@ from dataset.scans import (
     to_canonical,
     window_limits,
 )
-from dataset.slice_dataset import equalize, resize_image
+from dataset.slice_dataset import equalize, neighbours, resize_image
 
 __all__ = ["ScanSlices", "find_scans", "output_names"]
 
@@ -32,9 +32,10 @@ __all__ = ["ScanSlices", "find_scans", "output_names"]
 class ScanSlices:
     """The slices of one scan, prepared one by one as the checkpoint's `data` says.
 
-    data: window, orientation, spacing, img_size and, where recorded, clahe, crop and body_crop (see
-    SliceDataset.info). `window` replaces the recorded one; `channel` picks one of several volumes.
-    Raises what read_scan raises, and ValueError where the scan lacks what the model was trained on.
+    data: window, orientation, spacing, img_size and, where recorded, clahe, crop, body_crop and
+    input (see SliceDataset.info). `window` replaces the recorded one; `channel` picks one of
+    several volumes. Raises what read_scan raises, and ValueError where the scan lacks what the
+    model was trained on.
 
     shape is (S, H, W), of canonical slices at native size; box (y0, y1, x0, x1), ends excluded, is
     the part of them that the model sees. Nothing but the scan itself is held in memory.
@@ -56,6 +57,7 @@ class ScanSlices:
         self.spacing = data.get("spacing")
         self.img_size = data["img_size"]
         self.clahe = bool(data.get("clahe"))
+        self.input = data.get("input", "2d")
         # Percentiles are those of the whole volume, as in preparation.
         self._limits = None
         if self.window is not None:
@@ -99,7 +101,12 @@ class ScanSlices:
         return apply_window(self.volume.slices[k : k + 1], self._limits)[0]
 
     def model_input(self, k: int) -> np.ndarray:
-        """Slice k as training showed it: uint8 (1, img_size, img_size)."""
+        """Slice k as training showed it: uint8 (1 or, for 2.5D, 3, img_size, img_size)."""
+        shown = neighbours(k, len(self)) if self.input == "2.5d" else [k]
+        planes = {number: self._channel(number) for number in set(shown)}
+        return np.stack([planes[number] for number in shown])
+
+    def _channel(self, k: int) -> np.ndarray:
         y0, y1, x0, x1 = self.box
         seen = self.volume.slices[k : k + 1, y0:y1, x0:x1]
         image = Volume(apply_window(seen, self._limits), self.volume.spacing, self.volume.affine)
@@ -108,7 +115,7 @@ class ScanSlices:
         plane = np.ascontiguousarray(image.slices[0])
         if self.clahe:
             plane = equalize(plane)
-        return resize_image(plane, self.img_size)[None]
+        return resize_image(plane, self.img_size)
 
     def canonical(self, array: np.ndarray) -> np.ndarray:
         """An array (I, J, K) in the scan's own axes as slices (S, H, W); a view to write to."""

@@ -94,13 +94,22 @@ def held_out_cases(case_ids: set[str], seed: int, fraction: float) -> set[str]:
     return set(np.random.default_rng(seed).permutation(sorted(case_ids))[:number].tolist())
 
 
+def neighbours(k: int, num_slices: int) -> list[int]:
+    """The slices that 2.5D input shows for slice k: the one before, k, the one after.
+
+    The first and the last slice of a case stand in for the neighbour they lack.
+    """
+    return [max(k - 1, 0), k, min(k + 1, num_slices - 1)]
+
+
 class SliceDataset(Dataset):
-    """Items `{"image": uint8 (1, H, W), "mask": uint8 (H, W), "id": str}` of a store's slices.
+    """Items `{"image": uint8 (C, H, W), "mask": uint8 (H, W), "id": str}` of a store's slices.
 
     `dataset[index]` is the same every time (CLAHE at clip limit 2.0); `dataset[index, epoch]` is
     the training draw, random by (seed, epoch, index) alone, so workers change nothing. CLAHE runs
     at the stored size, where the store asks for it; then the slice becomes img_size x img_size.
-    `crop` is the share of the side cut off at each edge first.
+    `crop` is the share of the side cut off at each edge first. C is 1 for input_mode "2d", 3 for
+    "2.5d": the slice between its neighbours in the case, whether those are of the data set or not.
     """
 
     def __init__(
@@ -111,12 +120,14 @@ class SliceDataset(Dataset):
         img_size: int = 224,
         seed: int = 202307,
         crop: float = 0.0,
+        input_mode: str = "2d",
     ) -> None:
         self.store = store
         self.slices = slices
         self.img_size = img_size
         self.seed = seed
         self.crop = crop
+        self.input_mode = input_mode
         self.clahe = bool(store.index.get("clahe", False))
 
     @property
@@ -138,6 +149,7 @@ class SliceDataset(Dataset):
             "classes": self.classes,
             "colors": [row.get("color") for row in index["classes"]],
             "img_size": self.img_size,
+            "input": self.input_mode,
             "window": index.get("window"),
             "orientation": index.get("orientation"),
             "spacing": index.get("spacing"),
@@ -146,6 +158,17 @@ class SliceDataset(Dataset):
             "body_crop": bool(index.get("body_crop", False)),
             "digest": self.store.digest,
         }
+
+    @property
+    def class_pixels(self) -> list[int]:
+        """Pixels of each class in these slices, as stored."""
+        return np.sum([self.store.cases[n]["pixels"][k] for n, k in self.slices], axis=0).tolist()
+
+    @property
+    def by_class(self) -> list[np.ndarray]:
+        """Indices of the slices that hold each foreground class, a sorted array a class."""
+        pixels = np.array([self.store.cases[n]["pixels"][k] for n, k in self.slices])
+        return [np.flatnonzero(column) for column in pixels.T[1:]]
 
     def showcase(self, number: int) -> list[int]:
         """Up to `number` indices for pictures: the slices with most classes, spread evenly."""
@@ -166,12 +189,26 @@ class SliceDataset(Dataset):
             clip_limit = float(rng.uniform(*CLIP_LIMITS))
         image, mask = (self._cropped(array) for array in self.store.read(number, k))
         # Copied where nothing changed it yet: what lies in the store's map cannot be written to.
-        channel = np.array(self._channel(image, clip_limit))
+        channels = np.array(self._channel(image, clip_limit))[None]
+        if self.input_mode == "2.5d":
+            channels = self._between_neighbours(channels[0], number, k, clip_limit)
         return {
-            "image": torch.from_numpy(channel[None]),
+            "image": torch.from_numpy(channels),
             "mask": torch.from_numpy(np.array(resize_mask(mask, self.img_size))),
             "id": self.store.cases[number]["slices"][k],
         }
+
+    def _between_neighbours(
+        self, channel: np.ndarray, number: int, k: int, clip_limit: float
+    ) -> np.ndarray:
+        """(3, H, W): slice k, as `channel` shows it, between its neighbours with the same limit."""
+        known = {k: channel}
+        shown = neighbours(k, self.store.cases[number]["shape"][0])
+        for other in shown:
+            if other not in known:
+                plane = self._cropped(self.store.read(number, other)[0])
+                known[other] = self._channel(plane, clip_limit)
+        return np.stack([known[other] for other in shown])
 
     def _cropped(self, plane: np.ndarray) -> np.ndarray:
         top, left = (round(side * self.crop) for side in plane.shape)

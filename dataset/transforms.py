@@ -14,6 +14,14 @@ from torch import Tensor
 
 MAX_ANGLE = 20.0  # degrees
 
+# The preset "strong"; each change happens to a sample with its own chance of STRONG_SHARE.
+STRONG_SHARE = 0.5
+MAX_STRONG_ANGLE = 15.0  # degrees
+MAX_SCALE = 1.25  # and its inverse
+MAX_SHIFT = 0.1  # of the side, along each axis
+MAX_GAMMA = 1.4  # and its inverse
+MAX_NOISE = 0.06  # standard deviation, of images in [0, 1]
+
 
 class Draws(NamedTuple):
     """What happens to each of N samples; tensors on the CPU."""
@@ -47,14 +55,70 @@ def augment(image: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Te
     return apply(image, mask, draw(len(image), generator))
 
 
+class StrongDraws(NamedTuple):
+    """What `--augment strong` does to each of N samples; tensors on the CPU."""
+
+    angle: Tensor  # (N,) float degrees, clockwise as shown
+    scale: Tensor  # (N,) float, above 1 enlarges
+    shift: Tensor  # (N, 2) float (x, y), of the side
+    gamma: Tensor  # (N,) float
+    noise: Tensor  # (N,) float, standard deviation
+    seed: int  # of the noise's values
+
+
+def draw_strong(num_samples: int, generator: torch.Generator) -> StrongDraws:
+    """The draws of the preset "strong" from a CPU generator; see the constants for their ranges.
+
+    No turns and no flips: prepared slices lie one way, and left is not right in a patient.
+    """
+    chance, value = torch.rand(2, num_samples, 6, generator=generator)
+    chance[:, 3] = chance[:, 2]  # shifted along both axes or none
+    value = (value * 2 - 1) * (chance < STRONG_SHARE)  # 0: unchanged
+    return StrongDraws(
+        angle=value[:, 0] * MAX_STRONG_ANGLE,
+        scale=MAX_SCALE ** value[:, 1],
+        shift=value[:, 2:4] * MAX_SHIFT,
+        gamma=MAX_GAMMA ** value[:, 4],
+        noise=value[:, 5].abs() * MAX_NOISE,
+        seed=int(torch.randint(2**62, (), generator=generator)),
+    )
+
+
+def augment_strongly(
+    image: Tensor, mask: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A batch turned, scaled and shifted a little, its contrast and noise changed.
+
+    Arguments and errors as in `augment`; all channels of a sample change alike but for the noise.
+    """
+    return apply_strong(image, mask, draw_strong(len(image), generator))
+
+
+def apply_strong(image: Tensor, mask: Tensor, draws: StrongDraws) -> tuple[Tensor, Tensor]:
+    """Image (N, C, H, W) and mask (N, H, W) after `draws`: one warp, gamma, then white noise.
+
+    The noise comes from a generator of the images' device: another device draws other values.
+    """
+    _check_square(image, mask)
+    radians = draws.angle * (math.pi / 180)
+    cos, sin = radians.cos() / draws.scale, radians.sin() / draws.scale
+    x, y = (-2 * draws.shift).unbind(dim=1)  # the grid's frame is 2 wide; it says where from
+    theta = torch.stack([cos, sin, cos * x + sin * y, -sin, cos, cos * y - sin * x], dim=1)
+    image, mask = _warp(image, mask, theta.view(-1, 2, 3))
+    per_sample = torch.stack([draws.gamma, draws.noise]).view(2, -1, 1, 1, 1)
+    gamma, noise = per_sample.to(image.device, non_blocking=True)
+    generator = torch.Generator(image.device).manual_seed(draws.seed)
+    drawn = torch.randn(image.shape, generator=generator, device=image.device)
+    return (image.clamp(min=0) ** gamma + noise * drawn).clamp(0, 1), mask
+
+
 def apply(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     """Image (N, C, H, W) and mask (N, H, W) after the turns, flips and rotations of `draws`.
 
     Turns and flips only move pixels. Rotations are bilinear for the image and nearest for the
     mask; what comes in from outside is 0 (air, background).
     """
-    if image.shape[-2:] != mask.shape[-2:] or image.shape[-1] != image.shape[-2]:
-        raise ValueError(f"augment: square slices wanted, found {tuple(image.shape[-2:])}")
+    _check_square(image, mask)
     image, mask = _permute(image, mask, draws)
     rotated = draws.angle.nonzero().flatten()  # on the CPU: no host sync
     if len(rotated):
@@ -63,6 +127,11 @@ def apply(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         image = image.index_copy(0, index, turned[0])
         mask = mask.index_copy(0, index, turned[1])
     return image, mask
+
+
+def _check_square(image: Tensor, mask: Tensor) -> None:
+    if image.shape[-2:] != mask.shape[-2:] or image.shape[-1] != image.shape[-2]:
+        raise ValueError(f"augment: square slices wanted, found {tuple(image.shape[-2:])}")
 
 
 def _permute(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -91,8 +160,19 @@ def _rotate(image: Tensor, mask: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]
     radians = angle * (math.pi / 180)
     cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    return _warp(image, mask, theta)
+
+
+def _warp(image: Tensor, mask: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Image and mask by the maps theta (N, 2, 3), on the CPU, from a target's place to its source.
+
+    Bilinear and nearest; places are (x, y) from -1 to 1. What comes in from outside is 0.
+    """
     theta = theta.to(image.device, non_blocking=True)
-    grid = F.affine_grid(theta, [len(angle), 1, *mask.shape[1:]], align_corners=False)
+    grid = F.affine_grid(theta, [len(theta), 1, *mask.shape[1:]], align_corners=False)
     turned = F.grid_sample(image.float(), grid, mode="bilinear", align_corners=False)
     labels = F.grid_sample(mask[:, None].float(), grid, mode="nearest", align_corners=False)
     return turned.to(image.dtype), labels[:, 0].to(mask.dtype)
+
+
+AUGMENTATIONS = {"published": augment, "strong": augment_strongly}  # by --augment

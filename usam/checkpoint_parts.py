@@ -35,9 +35,18 @@ DATA: dict[str, Callable[[Any], bool]] = {  # what must be true of "data" where 
     "orientation": lambda value: isinstance(value, str),
     "spacing": lambda value: value is None or _is_size(value),
     "crop": lambda value: isinstance(value, Real) and 0 <= value < 0.5,
-    "prompt_mode": lambda value: type(value) is int and 0 <= value <= 3,
+    "prompt_mode": lambda value: (type(value) is int and 0 <= value <= 3)
+    or value in ("mixed", "clicks"),
+    "input": lambda value: value in ("2d", "2.5d"),
     "num_point_embeddings": lambda value: value in (2, 4),
 }  # fmt: skip
+
+
+def _is_average(value: object) -> bool:
+    """Whether it is what usam.average's WeightAverage keeps in a checkpoint."""
+    if not isinstance(value, Mapping) or value.keys() != {"num_updates", "weights"}:
+        return False
+    return type(value["num_updates"]) is int and is_state_dict(value["weights"])
 
 
 def check_parts(content: Mapping[str, Any], source: Path) -> None:
@@ -48,6 +57,8 @@ def check_parts(content: Mapping[str, Any], source: Path) -> None:
     wrong = [part for part in MAPPINGS if not isinstance(content.get(part, {}), Mapping)]
     if not wrong and not is_state_dict(content["model"]):
         wrong = ["model"]
+    if not wrong and "average" in content and not _is_average(content["average"]):
+        wrong = ["average"]
     if not wrong and not all(isinstance(value, PLAIN) for value in content["args"].values()):
         wrong = ["args"]
     if not wrong:

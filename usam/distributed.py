@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,6 +142,15 @@ def reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """`tensor` of every process (world_size, *shape), on all of them, in the order of ranks."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process rank 0's BatchNorm statistics, so that all evaluate and save the same."""
     if dist.is_initialized():
@@ -148,19 +158,35 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+class Favoured(NamedTuple):
+    """Samples that training sees more often than their number says.
+
+    share: of an epoch's samples that are drawn from `groups` instead, one group (of sample indices)
+    as likely as the other; empty ones are passed over. Source: nnU-Net (Isensee et al. 2021), which
+    draws a third of its patches around foreground.
+    """
+
+    share: float
+    groups: list[np.ndarray]
+
+
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """Batches of one process in one epoch, each a list of (sample index, epoch).
 
-    The order is a permutation drawn from (seed, epoch); consecutive runs of
-    world_size * batch_size samples are one step, dealt out to the ranks. The incomplete last step
-    is dropped unless it is the only one, so every rank takes the same number of steps. An index
-    carries its epoch because what a data set draws at random depends on both.
+    The order is a permutation drawn from (seed, epoch), in which those `favoured` take the places
+    of some others; consecutive runs of world_size * batch_size samples are one step, dealt out to
+    the ranks. The incomplete last step is dropped unless it is the only one, so every rank takes
+    the same number of steps. An index carries its epoch because what a data set draws at random
+    depends on both.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, favoured: Favoured | None = None
+    ) -> None:
         if num_samples < 1:
             raise ValueError("there are no training samples")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.favoured = favoured
         self.epoch = 0
         self.first_step = 0
 
@@ -174,7 +200,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         return self.num_samples // self.samples_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+        order = self._order()
         for step in range(self.first_step, len(self)):
             start = step * self.samples_per_step
             block = order[start : start + self.samples_per_step]
@@ -182,6 +208,17 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
             if not len(share):  # fewer samples than ranks: some serve twice
                 share = block[rank() % len(block) :][:1]
             yield [(int(index), self.epoch) for index in share]
+
+    def _order(self) -> np.ndarray:
+        """Sample indices (num_samples,) in the order of the epoch."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.num_samples)
+        groups = [group for group in self.favoured.groups if len(group)] if self.favoured else []
+        if groups:
+            places = np.flatnonzero(rng.random(self.num_samples) < self.favoured.share)
+            chosen = rng.integers(len(groups), size=len(places))
+            order[places] = [rng.choice(groups[number]) for number in chosen]
+        return order
 
 
 class EvaluationShard(Sampler[int]):

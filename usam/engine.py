@@ -5,7 +5,7 @@ u-sam.py hands over a loader and a step: a function from a batch to a loss or to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from usam.average import WeightAverage
 from usam.distributed import is_main, rank, reduce_sum
+from usam.epoch_sums import EpochSums
+from usam.finite_guard import FiniteGuard
 from usam.losses import segmentation_loss
 from usam.metrics import ClassCounts
-from usam.prompts import prompts_from_masks
+from usam.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
 from usam.schedule import learning_rate_factor
 
 Batch = dict[str, Any]
 TrainingStep = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
-SKIPPED_STEPS = 20  # steps in a row without a finite gradient, after which training stops
 PRINT_EVERY = 10  # steps between two looks at numbers that live on the device
+RANK_STRIDE = 15_485_863  # between the seeds of two ranks in one step
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,27 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return image, batch["mask"].to(device, non_blocking=True).long()
 
 
-def segmentation_step(augment: Augment, prompt_mode: int, device: torch.device) -> TrainingStep:
-    """The training step of U-SAM: augment, draw prompts from the masks, forward, loss."""
+def segmentation_step(
+    augment: Augment,
+    prompt_mode: int | str,
+    device: torch.device,
+    *,
+    loss: Loss = segmentation_loss,
+    prompt_jitter: float = 0.0,
+) -> TrainingStep:
+    """The training step of U-SAM: augment, draw prompts from the masks, forward, loss.
+
+    prompt_mode MIXED draws a mode for each step, the same on all ranks; prompt_jitter is in pixels.
+    """
 
     def step(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         image, mask = augment(*to_device(batch, device), generator)
         num_classes = getattr(model, "module", model).num_classes
-        prompts = prompts_from_masks(mask, num_classes, prompt_mode, generator)
-        return segmentation_loss(model(image, **prompts), mask)
+        mode = mixed_mode(shared_generator(generator)) if prompt_mode == MIXED else prompt_mode
+        prompts = prompts_from_masks(mask, num_classes, mode, generator)
+        if prompt_jitter:
+            prompts = jittered(prompts, prompt_jitter, mask.shape[-1], generator)
+        return loss(model(image, **prompts), mask)
 
     return step
 
@@ -98,9 +115,15 @@ def step_generator(seed: int, epoch: int, step: int, rank: int) -> torch.Generat
     """The CPU generator of everything a rank draws at random in one step."""
     generator = torch.Generator()
     seeds = torch.tensor([seed, epoch, step, rank], dtype=torch.int64)
-    weights = torch.tensor([1, 1_000_003, 7_368_787, 15_485_863], dtype=torch.int64)
+    weights = torch.tensor([1, 1_000_003, 7_368_787, RANK_STRIDE], dtype=torch.int64)
     generator.manual_seed(int((seeds * weights).sum()) % (2**63))
     return generator
+
+
+def shared_generator(generator: torch.Generator) -> torch.Generator:
+    """A generator that is the same on all ranks, made of a rank's own of `step_generator`."""
+    seed = generator.initial_seed() - (rank() + 1) * RANK_STRIDE  # nobody's rank: -1
+    return torch.Generator().manual_seed(seed % (2**63))
 
 
 @dataclass
@@ -132,49 +155,6 @@ class Recipe:
     decay_at: tuple[float, ...] = ()
 
 
-class FiniteGuard:
-    """Leaves out steps whose gradients are not finite, without asking the device each time.
-
-    The gradients of all one-dimensional parameters are summed up: a NaN or Inf anywhere in a
-    loss reaches them, and after the all-reduce it reaches them on every rank. In float16 the
-    scaled gradients of single weights overflow, too, so there all of them are (`every`). The fused
-    optimizer reads the verdict on the device and leaves weights and state as they are.
-    """
-
-    def __init__(
-        self, model: nn.Module, device: torch.device, *, every: bool = False, in_a_row: int = 0
-    ) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self._watched = [p for p in trained if every or p.ndim == 1]
-        self._statistics = [b for b in model.buffers() if b.is_floating_point()]
-        self._at_start = [buffer.clone() for buffer in self._statistics]
-        self.skipped = torch.zeros((), device=device)
-        self.in_a_row = torch.full((), float(in_a_row), device=device)
-
-    def check(self, optimizer: torch.optim.Optimizer, norm: Tensor | None = None) -> None:
-        """Tell `optimizer` whether the gradients at hand, of this `norm` if known, are fit."""
-        if norm is None:
-            norms = torch._foreach_norm([p.grad for p in self._watched if p.grad is not None])
-            norm = torch.stack(norms).sum()
-        bad = (~torch.isfinite(norm)).float()
-        optimizer.found_inf = bad
-        self.skipped += bad
-        self.in_a_row = (self.in_a_row + 1) * bad
-
-    def mend_statistics(self) -> None:
-        """Where a NaN went through BatchNorm, give back the statistics of the epoch's start."""
-        for buffer, start in zip(self._statistics, self._at_start, strict=True):
-            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, start))
-
-    def raise_if_stuck(self) -> None:
-        """Raise ValueError once too many steps in a row were left out; waits for the device."""
-        if int(self.in_a_row) >= SKIPPED_STEPS:
-            raise ValueError(
-                f"{SKIPPED_STEPS} steps in a row had no finite gradient; lower --lr, try "
-                "--amp off or check the data with python -m dataset.verify"
-            )
-
-
 def train_one_epoch(
     model: nn.Module,
     loader: Iterable[Batch],
@@ -185,23 +165,27 @@ def train_one_epoch(
     precision: Precision,
     scaler: torch.amp.GradScaler,
     progress: Progress,
-    after_step: Callable[[], bool] = lambda: False,
-) -> dict[str, float | None]:
+    average: WeightAverage | None = None,
+    begun: Mapping[str, Any] | None = None,
+    after_step: Callable[[EpochSums], bool] = lambda sums: False,
+) -> dict[str, float | None] | None:
     """Train on what `loader` gives and move `progress` on; mean loss, rate and skipped steps.
 
     The mean is over finite losses, None if there was none.
-    The loader starts at `progress.step` of epoch `progress.epoch` (see TrainingBatches).
-    Learning rates are set before each optimizer step from the samples seen so far. The last
-    batches of an epoch are stepped also when they are fewer than `accumulation_steps`.
-    `after_step` is asked after every optimizer step and ends the epoch early with True.
+    The loader starts at `progress.step` of epoch `progress.epoch` (see TrainingBatches); `begun`
+    is the state of the sums of an epoch that was stopped there. Learning rates are set before each
+    optimizer step from the samples seen so far. The last batches of an epoch are stepped also when
+    they are fewer than `accumulation_steps`.
+    `average` takes in the weights after every optimizer step; then `after_step` is asked, with the
+    sums so far. True ends the epoch there, and None comes back unless it was done.
     Raises ValueError if the gradients stay without a finite value.
     """
     model.train()
     sampler, batches = loader.batch_sampler, iter(loader)
-    guard = FiniteGuard(
-        model, precision.device, every=scaler.is_enabled(), in_a_row=progress.skipped_in_a_row
-    )
-    losses = torch.zeros(2, device=precision.device)  # their sum, their number
+    sums = EpochSums(
+        model, precision.device, every=scaler.is_enabled(), in_a_row=progress.skipped_in_a_row,
+        saved=begun,
+    )  # fmt: skip
     stopped = False
     with _progress_bar(len(sampler), progress) as bar:
         while not stopped and (group := list(islice(batches, recipe.accumulation_steps))):
@@ -213,25 +197,31 @@ def train_one_epoch(
                 with _without_sync(model, skip=not is_last), precision.autocast():
                     loss = step(model, batch, generator)
                     scaler.scale(loss / len(group)).backward()
-                loss = loss.detach().float()
-                losses += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
+                sums.add(loss)
                 progress.step += 1
-            _optimizer_step(model, optimizer, scaler, guard, clip_max_norm=recipe.clip_max_norm)
+            clip = recipe.clip_max_norm
+            _optimizer_step(model, optimizer, scaler, sums.guard, clip_max_norm=clip)
+            if average:
+                average.update()
             progress.samples += samples
             bar.update(len(group))
             if progress.step % PRINT_EVERY < len(group) or progress.step == len(sampler):
-                guard.raise_if_stuck()
+                sums.guard.raise_if_stuck()
                 speed = (bar.format_dict["rate"] or 0.0) * sampler.samples_per_step
-                mean = float(losses[0] / losses[1])
+                mean = float(sums.losses[0] / sums.losses[1])
                 bar.set_postfix_str(f"loss {mean:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
-            stopped = after_step()
-    if progress.step == len(sampler):
-        progress.epoch, progress.step = progress.epoch + 1, 0
-    progress.skipped_in_a_row = int(guard.in_a_row)
-    guard.mend_statistics()
-    total, number = reduce_sum(losses).tolist()
-    mean = total / number if number else None
-    return {"loss": mean, "lr": rate, "skipped_steps": int(guard.skipped)}
+            stopped = after_step(sums)
+    if progress.step < len(sampler):
+        return None
+    progress.epoch, progress.step = progress.epoch + 1, 0
+    progress.skipped_in_a_row = int(sums.guard.in_a_row)
+    sums.guard.mend_statistics()
+    total, number = reduce_sum(sums.losses).tolist()
+    return {
+        "loss": total / number if number else None,
+        "lr": optimizer.param_groups[0]["lr"],
+        "skipped_steps": int(sums.guard.skipped),
+    }
 
 
 def _progress_bar(num_steps: int, progress: Progress) -> tqdm:

@@ -6,25 +6,43 @@ Only u-sam.py calls this and sees what comes back; the rest of the package takes
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from usam.flag_values import (
+    class_weights,
+    count,
+    decay,
+    jitter,
+    non_negative,
+    positive,
+    prompt_mode,
+    share,
+)
 from usam.model3d import SAM_MED3D_MODELS
+from usam.prompts import MIXED, PROMPT_MODES
+from usam.recipes import RECIPES
 from usam.sam_vit import SAM_MODELS
 
 # What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
 # A training run that goes on from --resume takes the values it had there instead.
-OF_ALL = {"val_fraction": 0.1, "warmup": False, "clip_max_norm": 0.0, "seed": 202307}
+OF_ALL = {
+    "val_fraction": 0.1, "warmup": False, "clip_max_norm": 0.0, "ema": 0.0, "patience": 0,
+    "seed": 202307,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "u-sam": {
         **OF_ALL,
         "dataset": "rectum",
         "sam_model": "vit_b",
         "img_size": 224,
+        "input": "2d",
         "empty": None,  # as the data set has it
         "prompt_mode": 0,
+        "prompt_jitter": "0",
+        "recipe": "published",
+        **RECIPES["published"],
         "epochs": 100,
         "batch_size": 24,
         "accumulation_steps": 1,
@@ -55,7 +73,8 @@ ONLY_FOR = {  # flags without a default that one model has
 }
 DATASETS_3D = ("volumes", "phantom3d")
 BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
-DESCRIBED = ("sam_model", "img_size", "prompt_mode", "rel_pos")  # as a checkpoint's model is
+DESCRIBED = ("sam_model", "img_size", "input", "prompt_mode", "rel_pos")  # as a checkpoint's is
+SINCE = {"input": "2d"}  # what is described thus in checkpoints older than the flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,12 +115,13 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     model("--rel_pos", choices=("published", "corrected"),
         help="sam-med3d: positions as the published weights need them (published)")  # fmt: skip
     model("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
-    model(
-        "--prompt_mode",
-        type=int,
-        choices=(0, 1, 2, 3),
-        help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both (0)",
-    )
+    model("--input", choices=("2d", "2.5d"),
+        help="a slice alone, or between its neighbours as three channels (2d)")  # fmt: skip
+    model("--prompt_mode", type=prompt_mode, choices=(*PROMPT_MODES, MIXED),
+        help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both; "
+        "mixed: trained on all four in turn, evaluated with none (0)")  # fmt: skip
+    model("--prompt_jitter", type=jitter, metavar="N|N%",
+        help="train with prompts up to N pixels, or %% of the image, off (0)")  # fmt: skip
     train = parser.add_argument_group("training").add_argument
     train("--epochs", type=positive, help="passes over the training data (100; 200)")
     train("--batch_size", type=positive, help="samples a batch and process (24; 12)")
@@ -115,6 +135,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         help="ramp the rates up over half an epoch")  # fmt: skip
     train("--clip_max_norm", type=non_negative, help="gradient norm limit (0: off)")
     train("--seed", type=count, help="of everything drawn at random (202307)")
+    add_recipe_flags(train)
     run = parser.add_argument_group("run").add_argument
     run("--clicks", choices=("random", "largest"),
         help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
@@ -141,6 +162,24 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     check_prediction_flags(parser, args)
     return args
+
+
+def add_recipe_flags(flag: Callable[..., Any]) -> None:
+    """The flags that `--recipe` sets together."""
+    flag("--recipe", choices=list(RECIPES),
+        help="the flags below as published, or as they scored best (published)")  # fmt: skip
+    flag("--augment", choices=("published", "strong"),
+        help="turns, flips; or small turns, scale, shift, gamma, noise (published)")  # fmt: skip
+    flag("--class_weights", type=class_weights, metavar="none|balanced|W,W,...",
+        help="of the cross-entropy, background first (none)")  # fmt: skip
+    flag("--focal_gamma", type=non_negative, metavar="G",
+        help="focal loss instead of cross-entropy (0: cross-entropy)")  # fmt: skip
+    flag("--foreground_share", type=share, metavar="N%",
+        help="slices of an epoch drawn for a class they show, any class as likely (0)")  # fmt: skip
+    flag("--ema", type=decay, metavar="DECAY",
+        help="validate and predict with averaged weights, e.g. 0.99 (0: off)")  # fmt: skip
+    flag("--patience", type=count, metavar="EPOCHS",
+        help="stop after so many epochs without a better validation score (0: off)")  # fmt: skip
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +232,9 @@ def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Names
 def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
     """Fill the flags left out: from `saved`, a checkpoint, what describes its model; else DEFAULTS.
 
-    Training that goes on from `saved` also takes the other values of DEFAULTS from there.
+    Training that goes on from `saved` also takes the other values of DEFAULTS from there; the
+    values of a --recipe that is given come before both. A model of mixed prompts is evaluated with
+    none unless told otherwise.
     Raises ValueError where a flag was given and the checkpoint's model is another, or where the
     model has no such flag.
     """
@@ -203,18 +244,22 @@ def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
     args.model = args.model or described.get("model", "u-sam")
     own = DEFAULTS[args.model]
     if saved:
-        known = saved["args"] | saved["data"]
+        known = SINCE | saved["args"] | saved["data"]
         described |= {name: known[name] for name in DESCRIBED if name in own and name in known}
     check_model_flags(args)
-    defaults = own
+    defaults = dict(own)
     if saved and not args.eval and not args.predict:
-        defaults = own | {name: value for name, value in saved["args"].items() if name in own}
+        defaults |= {name: value for name, value in saved["args"].items() if name in own}
+    if args.model == "u-sam" and args.recipe:
+        defaults |= RECIPES[args.recipe]
     for name, value in (defaults | described).items():
         given = getattr(args, name)
         if given is None:
             setattr(args, name, value)
         elif name in described and given != value and name != "prompt_mode":
             raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
+    if args.eval and args.model == "u-sam" and args.prompt_mode == MIXED:
+        args.prompt_mode = 0
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
@@ -236,36 +281,3 @@ def check_model_flags(args: argparse.Namespace) -> None:
         args.data_root = args.data_root[0]
     elif args.data_root and args.model == "u-sam":
         raise ValueError(f"--data_root names {len(args.data_root)} folders, wanted one")
-
-
-def share(text: str) -> float:
-    """A share from 0 to 1: `keep` is 1, `drop` is 0, `N%` a part; as a flag's value."""
-    number = {"keep": 100.0, "drop": 0.0}.get(text)
-    try:
-        number = float(text.removesuffix("%")) if number is None else number
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not keep, drop or a percentage")
-    return number / 100
-
-
-def count(text: str) -> int:
-    """An integer of 0 or more, as a flag's value."""
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
-
-
-def positive(text: str) -> int:
-    """An integer of 1 or more, as a flag's value."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
-
-
-def non_negative(text: str) -> float:
-    """A finite number of 0 or more, as a flag's value."""
-    if not 0 <= (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return number

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from usam.distributed import Favoured
 from usam.engine import TrainingStep
 
 Summary = dict[str, Any]
@@ -25,7 +26,8 @@ class Job:
     with (index, epoch). step: a batch's loss. validate: the same summary on every process, with
     "mean_dice" to choose the best by; None where no cases are set aside. shown: the figures of
     a summary to print after each epoch. info: the checkpoint's "data". decay_at: shares of the
-    training after which rates fall to a tenth; none: they fall steadily.
+    training after which rates fall to a tenth; none: they fall steadily. favoured: samples drawn
+    more often than the others.
     """
 
     model: nn.Module
@@ -36,3 +38,4 @@ class Job:
     shown: Callable[[Summary], Mapping[str, float | None]]
     info: Mapping[str, Any]
     decay_at: tuple[float, ...] = ()
+    favoured: Favoured | None = None

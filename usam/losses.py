@@ -5,6 +5,9 @@ The engine minimises `segmentation_loss` for U-SAM and `dice_bce_loss` for SAM-M
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,16 +33,56 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, *, ce_weight: float = 0.4, dice_weight: float = 0.6
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ce_weight: float = 0.4,
+    dice_weight: float = 0.6,
+    class_weights: Tensor | None = None,
+    focal_gamma: float = 0.0,
 ) -> Tensor:
     """Weighted sum of cross-entropy and Dice loss, the weights as published for U-SAM.
 
     logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). Computed in float32.
+    class_weights (C,) float and focal_gamma change the cross-entropy, see `focal_loss`.
     Raises ValueError if batch or spatial sizes differ.
     """
     _check_sizes(logits, target)
-    cross_entropy = F.cross_entropy(logits.float(), target)
+    cross_entropy = focal_loss(logits, target, focal_gamma, class_weights)
     return ce_weight * cross_entropy + dice_weight * dice_loss(logits, target)
+
+
+def focal_loss(
+    logits: Tensor, target: Tensor, gamma: float, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean of (1 - p) ** gamma times the cross-entropy, p the probability of the true class.
+
+    logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). gamma 0 is plain
+    cross-entropy. class_weights (C,) float, on the logits' device, weigh each pixel by its true
+    class; the mean is then over weights. In float32.
+    Source: Lin et al. 2017, equation 5.
+    """
+    logits = logits.float()
+    if not gamma:
+        return F.cross_entropy(logits, target, weight=class_weights)
+    loss = F.cross_entropy(logits, target, reduction="none")
+    # expm1 keeps the digits of 1 - p near p = 1; at 0 a power below 1 would have no gradient.
+    loss = (-torch.expm1(-loss)).clamp(min=1e-6) ** gamma * loss
+    if class_weights is None:
+        return loss.mean()
+    weights = class_weights[target]
+    return (weights * loss).sum() / weights.sum()
+
+
+def balanced_weights(pixels: Sequence[float]) -> list[float]:
+    """A weight a class, one over the root of its number of pixels, the mean of all 1.
+
+    pixels: of each class in the training data. A class without any gets the weight of the rarest.
+    The root tempers what would be a thousand to one between an organ and the background.
+    """
+    rarest = min((count for count in pixels if count > 0), default=1)
+    weights = [1 / math.sqrt(max(count, rarest)) for count in pixels]
+    return [weight * len(weights) / sum(weights) for weight in weights]
 
 
 def dice_bce_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:

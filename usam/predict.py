@@ -41,7 +41,7 @@ class Predictor:
     model: nn.Module
     precision: Precision
     data: Mapping[str, Any]
-    prompt_mode: int = 0
+    prompt_mode: int | str = 0
     points_are_row_col: bool = False
     batch_size: int = 24
     threads: int = 1

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PROMPT_MODES = {0: "none", 1: "boxes", 2: "points", 3: "points and boxes"}
+MIXED = "mixed"  # in training: one of the modes, another in each step
 
 
 def prompts_from_masks(
@@ -29,6 +30,38 @@ def prompts_from_masks(
     points = points_from_masks(mask, num_classes, generator=generator) if mode in (2, 3) else None
     boxes = boxes_from_masks(mask, generator=generator) if mode in (1, 3) else None
     return {"points": points, "boxes": boxes}
+
+
+def mixed_mode(generator: torch.Generator) -> int:
+    """A key of PROMPT_MODES, each as likely: how `--prompt_mode mixed` prompts a step."""
+    return int(torch.randint(len(PROMPT_MODES), (), generator=generator))
+
+
+def jittered(
+    prompts: dict[str, Any], pixels: float, img_size: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """`prompts` as a user sets them: each coordinate off by up to `pixels` either way, uniformly.
+
+    prompts: keyword arguments of the model, as `prompts_from_masks` gives them; generator: a CPU
+    one. Points stay in the image and keep their labels even where they leave their object; points
+    that are none stay at 0. Each side of a box moves by itself; boxes stay in the image, and one
+    pixel wide at least.
+    """
+    points, boxes = prompts["points"], prompts["boxes"]
+    if points is not None:
+        coords, labels = points
+        moved = (coords + _offsets(coords, pixels, generator)).clamp(0, img_size - 1)
+        points = (moved.where(labels.unsqueeze(-1) >= 0, coords), labels)
+    if boxes is not None:
+        low, high = (boxes + _offsets(boxes, pixels, generator)).view(-1, 2, 2).unbind(dim=1)
+        low, high = low.minimum(high).clamp(0, img_size - 1), high.maximum(low)
+        boxes = torch.cat([low, high.clamp(max=img_size).maximum(low + 1)], dim=1)
+    return {"points": points, "boxes": boxes}
+
+
+def _offsets(values: Tensor, pixels: float, generator: torch.Generator) -> Tensor:
+    drawn = torch.rand(values.shape, generator=generator) * 2 - 1
+    return _to_device(drawn * pixels, values.device)
 
 
 def boxes_from_masks(

@@ -92,7 +92,7 @@ def draw_overlays(
         paths.append(folder / f"{file}.png")
         save_overlay(
             paths[-1],
-            batch["image"][0, 0].numpy(),
+            batch["image"][0, batch["image"].shape[1] // 2].numpy(),  # in 2.5D its neighbours, too
             masks,
             classes=classes,
             colors=colors,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from usam import checkpoint
+from usam.average import WeightAverage, averaged
 from usam.checkpoint import BackgroundSaver
 from usam.distributed import is_main
 from usam.engine import Progress
@@ -76,7 +77,8 @@ class RunFolder:
         whole = state()
         files = {self.path / "last.pth": whole}
         if as_best:  # written first: a kill in between repeats an epoch, but never loses the best
-            weights = {key: value for key, value in whole.items() if key not in ONLY_TO_GO_ON}
+            kept = averaged(whole)
+            weights = {key: value for key, value in kept.items() if key not in ONLY_TO_GO_ON}
             files = {self.path / "best.pth": weights, **files}
         self._saver.submit(files)
 
@@ -94,14 +96,16 @@ def run_state(
     best: Mapping[str, Any],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: WeightAverage,
 ) -> dict[str, Any]:
     """All a checkpoint holds: enough to go on exactly, and to predict without the flags.
 
     flags: by name, kept as plain types. data: what a model must know of its data (classes,
     img_size, window, orientation, spacing, prompt_mode). best: epoch and score of the best so far.
+    average: kept where there is one; best.pth holds it in place of the last weights.
     """
     plain = (int, float, str, bool, type(None))
-    return {
+    state = {
         "format": checkpoint.FORMAT,
         "model": model.state_dict(),
         "args": {name: v if isinstance(v, plain) else str(v) for name, v in flags.items()},
@@ -112,6 +116,7 @@ def run_state(
         "scaler": scaler.state_dict(),
         "rng": checkpoint.random_state(),
     }
+    return state | {"average": average.state_dict()} if average.weights else state
 
 
 def _epoch_of(line: str) -> int:

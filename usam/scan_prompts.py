@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usam.prompts import PROMPT_MODES
+from usam.prompts import MIXED, PROMPT_MODES
 
 MAX_JSON_BYTES = 64 << 20
 NOT_A_POINT = -1
@@ -229,11 +229,14 @@ class SlicePrompts:
         return coords, table[..., 2].long()
 
 
-def slice_prompts(prompts: ScanPrompts, mode: int, scan: PreparedScan) -> SlicePrompts | None:
+def slice_prompts(prompts: ScanPrompts, mode: int | str, scan: PreparedScan) -> SlicePrompts | None:
     """A user's prompts as the model of a prompt mode takes them; None for a model without any.
 
+    A model trained with MIXED takes what there is: both kinds, one, or none.
     Raises ValueError where prompts are missing, not of the model's kind, or outside the scan.
     """
+    if mode == MIXED:
+        mode = (1 if prompts.boxes else 0) + (2 if prompts.points else 0)
     _check_kinds(prompts, mode, scan.header.path)
     if mode == 0:
         return None
