@@ -16,7 +16,15 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import PeakMemory, machine, paired_seconds, spread
+from benchmarks.harness import (
+    UNMEASURED,
+    PeakMemory,
+    device_parser,
+    machine,
+    paired_seconds,
+    set_up,
+    spread,
+)
 from usam.model3d import build_sam_med3d
 
 SIDE = 128
@@ -86,11 +94,7 @@ def peak_memory_elsewhere(name: str, options: argparse.Namespace) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3 blocks of 12 and one round")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of A B B A")
+    parser = device_parser(__doc__)
     parser.add_argument("--blocks", type=int, default=12, help="run only the first N blocks")
     parser.add_argument("--memory_of", choices=["ours", "medim"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -101,7 +105,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
+    set_up(options)
+    if options.unmeasured:
+        print_table(dict.fromkeys(("ours", "medim"), (UNMEASURED, UNMEASURED)))
+        return
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of, options)))
         return
@@ -112,12 +119,21 @@ def main() -> None:
     print(f"{SIDE}^3, batch 1, float32, {options.blocks} of 12 blocks; {len(pairs)} pairs")
     print(machine(torch.device(options.device)))
     print(f"largest difference of the embeddings: {difference:.1e}\n")
-    print("| encoder | seconds, median (range) | peak memory above the network, GiB |")
-    print("| --- | --- | --- |")
-    for name, column in zip(("ours", "medim"), times, strict=True):
-        print(f"| {name} | {spread(column)} | {memory[name] / GIB:.3f} |")
+    measured = {
+        name: (spread(column), f"{memory[name] / GIB:.3f}")
+        for name, column in zip(("ours", "medim"), times, strict=True)
+    }
+    print_table(measured)
     part = memory["ours"] / memory["medim"]
     print(f"\nmedim / ours: {spread(ratios, 1)} in time; memory ours / medim: {part:.3f}")
+
+
+def print_table(measured: dict[str, tuple[str, str]]) -> None:
+    """The two encoders' times and memory."""
+    print("| encoder | seconds, median (range) | peak memory above the network, GiB |")
+    print("| --- | --- | --- |")
+    for name, (took, memory) in measured.items():
+        print(f"| {name} | {took} | {memory} |")
 
 
 if __name__ == "__main__":

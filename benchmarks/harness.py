@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Work = Callable[[], object]
 UNMEASURED = "unmeasured"
@@ -125,6 +127,24 @@ def peaks_line(device: torch.device) -> str:
         f"measured peaks: matrix products {found['float32'] / 1e9:.0f} GFLOP/s float32 and "
         f"{found['bfloat16'] / 1e9:.0f} GFLOP/s bfloat16, copies {found['copy'] / 1e9:.1f} GB/s"
     )
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts the bytes that operations in a with-block read and write, views left out.
+
+    Every operand and every result is counted once an operation, as eager execution moves them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            moved = tree_leaves((args, kwargs, result))
+            self.bytes += sum(t.nbytes for t in moved if isinstance(t, torch.Tensor))
+        return result
 
 
 class PeakMemory:

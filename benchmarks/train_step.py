@@ -164,15 +164,19 @@ def host_syncs(case: Case, options: argparse.Namespace) -> Row:
 
 
 def share_of_peak(case: Case, seconds: float, options: argparse.Namespace) -> str:
-    """How much of the measured peak of matrix products one of our steps reaches, in words."""
+    """How much of the measured peaks of products and copies one of our steps reaches, in words."""
     device = torch.device(options.device)
     model = build_usam(options.sam_model, CLASSES, case.size).to(device)
+    work = our_work(model, case._replace(steps=1), device)
     with FlopCounterMode(display=False) as counter:
-        our_work(model, case._replace(steps=1), device)()
-    flops, peak = counter.get_total_flops(), harness.peaks(device)[case.ours]
+        work()
+    with harness.BytesMoved() as traffic:
+        work()
+    flops, moved, peaks = counter.get_total_flops(), traffic.bytes, harness.peaks(device)
     return (
-        f"{case}: {flops / 1e9:.0f} GFLOP a step of ours (counted), "
-        f"{100 * flops / seconds / peak:.0f} % of the measured peak"
+        f"{case}: a step of ours is {flops / 1e9:.0f} GFLOP and moves {moved / 1e9:.1f} GB "
+        f"uncompiled (both counted): {100 * flops / seconds / peaks[case.ours]:.0f} % of the "
+        f"measured products, {100 * moved / seconds / peaks['copy']:.0f} % of the measured copies"
     )
 
 
