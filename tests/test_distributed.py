@@ -25,6 +25,7 @@ from usam import distributed, engine
 from usam.distributed import EvaluationShard, TrainingBatches
 from usam.engine import Progress, Recipe, segmentation_step, step_generator
 from usam.model import build_usam
+from usam.prompts import MIXED, mixed_mode
 
 COUNTS = range(1, 10)  # samples
 WORLDS = (1, 2, 3)
@@ -62,7 +63,7 @@ def toy() -> nn.Module:
 
 
 def gradients_of_first_step(
-    build: Callable[[], nn.Module], accumulation: int, prompt_mode: int
+    build: Callable[[], nn.Module], accumulation: int, prompt_mode: int | str
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The gradients that the first step of an epoch of two steps hands to the optimizer."""
     model, seen = build(), {}
@@ -130,7 +131,7 @@ def of_one_world(rank: int, folder: Path) -> dict[str, Any]:
     }
     if distributed.world_size() == 2:
         found["steps"] = {
-            mode: gradients_of_first_step(tiny_usam, 1, mode) for mode in PROMPT_MODES
+            mode: gradients_of_first_step(tiny_usam, 1, mode) for mode in (*PROMPT_MODES, MIXED)
         }
         found["accumulated"] = gradients_of_first_step(toy, 3, 1)
         found["nan"] = nan_on_rank_1()
@@ -243,7 +244,7 @@ def test_epochs_and_seeds_shuffle_and_an_epoch_is_entered_in_the_middle() -> Non
 
 
 def gradients_alone(
-    build: Callable[[], nn.Module], rank: int, *, accumulation: int, mode: int
+    build: Callable[[], nn.Module], rank: int, *, accumulation: int, mode: int | str
 ) -> dict[str, Any]:
     """Gradients of one of two ranks' batches of the first step, computed in this process."""
     model = build().train()
@@ -253,7 +254,9 @@ def gradients_alone(
     for number, block in zip(range(accumulation), order, strict=False):
         items = [data[pair] for pair in block[rank::2]]
         batch = {key: torch.stack([item[key] for item in items]) for key in ("image", "mask")}
-        (step(model, batch, step_generator(5, 0, number, rank)) / accumulation).backward()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(engine, "rank", lambda: rank)
+            (step(model, batch, step_generator(5, 0, number, rank)) / accumulation).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -266,8 +269,8 @@ def assert_mean_of_halves(found: list[dict[str, Any]], halves: list[dict[str, An
     assert not torch.allclose(halves[0][last], halves[1][last], rtol=1e-2)
 
 
-@pytest.mark.parametrize("mode", PROMPT_MODES)
-def test_gradients_are_the_mean_of_the_half_batches_run_alone(found: Any, mode: int) -> None:
+@pytest.mark.parametrize("mode", [*PROMPT_MODES, MIXED])
+def test_gradients_are_the_mean_of_the_half_batches_run_alone(found: Any, mode: int | str) -> None:
     halves = [gradients_alone(tiny_usam, rank, accumulation=1, mode=mode) for rank in (0, 1)]
     assert_mean_of_halves([of_rank["steps"][mode]["gradients"] for of_rank in found[2]], halves)
 
@@ -277,13 +280,30 @@ def test_accumulated_gradients_are_the_mean_too(found: Any) -> None:
     assert_mean_of_halves([of_rank["accumulated"]["gradients"] for of_rank in found[2]], halves)
 
 
-@pytest.mark.parametrize("mode", PROMPT_MODES)
-def test_weights_stay_equal_on_all_ranks_and_statistics_their_own(found: Any, mode: int) -> None:
+@pytest.mark.parametrize("mode", [*PROMPT_MODES, MIXED])
+def test_weights_stay_equal_on_all_ranks_and_statistics_their_own(
+    found: Any, mode: int | str
+) -> None:
     first, second = (of_rank["steps"][mode]["weights"] for of_rank in found[2])
     parameters = dict(tiny_usam().named_parameters()).keys()
     assert all(torch.equal(first[name], second[name]) for name in parameters)
     mean = "backbone.inc.norm.running_mean"
     assert not torch.equal(first[mean], second[mean])
+
+
+def test_all_ranks_draw_the_same_mode_in_a_step_and_others_in_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = {}
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(engine, "rank", lambda rank=rank: rank)
+        drawn[rank] = [
+            mixed_mode(engine.shared_generator(step_generator(5, 1, step, rank)))
+            for step in range(400)
+        ]
+    assert drawn[0] == drawn[1] == drawn[2]
+    shares = torch.tensor(drawn[0]).bincount() / 400
+    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.07)
 
 
 @pytest.mark.parametrize("world", [2, 3])

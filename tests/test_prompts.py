@@ -13,6 +13,7 @@ import torch
 
 from usam.prompts import (
     boxes_from_masks,
+    jittered,
     largest_error_click,
     next_clicks,
     points_from_masks,
@@ -337,3 +338,47 @@ def test_depth_in_a_region_equals_scipys_distance():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"found \(1, 1, 4, 4, 4\) and \(1, 8, 8, 8\)"):
         next_clicks(torch.zeros(1, 1, 4, 4, 4), torch.zeros(1, 8, 8, 8), seed())
+
+
+# ---------------------------------------------------------------------- as users give them
+
+
+@pytest.mark.parametrize("pixels", [1.0, 6.0])
+def test_jitter_moves_every_coordinate_by_up_to_so_many_pixels(pixels):
+    coords = torch.full((200, 3, 2), 50.0)
+    labels = torch.ones(200, 3, dtype=torch.long)
+    boxes = torch.tensor([[30.0, 40.0, 60.0, 70.0]]).repeat(200, 1)
+    found = jittered({"points": (coords, labels), "boxes": boxes}, pixels, 100, seed())
+    for moved in (found["points"][0] - coords, found["boxes"] - boxes):
+        assert moved.abs().max() <= pixels
+        assert moved.mean() == pytest.approx(0, abs=0.1 * pixels)
+        assert moved.abs().mean() == pytest.approx(pixels / 2, rel=0.1)
+    assert found["points"][1] is labels
+
+
+def test_jittered_prompts_stay_in_the_image_and_boxes_hold_a_pixel():
+    coords = torch.tensor([[[0.0, 0.0], [63.0, 63.0], [0.0, 0.0]]]).repeat(100, 1, 1)
+    labels = torch.tensor([[1, 1, -1]]).repeat(100, 1)
+    boxes = torch.tensor([[0.0, 0.0, 64.0, 64.0], [30.0, 63.0, 31.0, 64.0]]).repeat(50, 1)
+    found = jittered({"points": (coords, labels), "boxes": boxes}, 20, 64, seed())
+    moved = found["points"][0]
+    assert (moved >= 0).all()
+    assert (moved <= 63).all()
+    assert (moved[:, 2] == 0).all()  # not a point
+    low, high = found["boxes"][:, :2], found["boxes"][:, 2:]
+    assert (low >= 0).all()
+    assert (high <= 64).all()
+    assert (high - low >= 1).all()
+    assert not torch.equal(low[1], low[3])
+
+
+def test_jitter_leaves_out_what_is_not_given():
+    assert jittered({"points": None, "boxes": None}, 3, 64, seed()) == {
+        "points": None,
+        "boxes": None,
+    }
+    boxes = torch.tensor([[1.0, 2.0, 30.0, 40.0]])
+    first, again = (
+        jittered({"points": None, "boxes": boxes}, 3, 64, seed())["boxes"] for _ in range(2)
+    )
+    assert torch.equal(first, again)
