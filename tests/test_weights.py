@@ -17,7 +17,7 @@ import torch
 from segment_anything import build_sam_vit_l
 
 from tests.fill import fill
-from usam import weights
+from usam import sam_file, weights
 from usam.model import USam, build_usam
 
 FILLED = ("image_encoder.pos_embed", "image_encoder.blocks.0.attn", "image_encoder.blocks.2.attn")
@@ -53,7 +53,7 @@ def save(state: object, path: Path) -> Path:
 @pytest.mark.parametrize("img_size", [224, 256])
 def test_official_weights_are_resized_as_recorded(official, recorded, img_size):
     model = build_usam("vit_b", 3, img_size)
-    weights.load_sam_checkpoint(model, official)
+    sam_file.load_sam_checkpoint(model, official)
     wanted = np.load(recorded / "usam_sam_conversion.npz")
     encoder = model.sam.image_encoder
     found = {
@@ -68,7 +68,7 @@ def test_official_weights_are_resized_as_recorded(official, recorded, img_size):
 
 def test_report_agrees_with_the_recorded_table(official, conversion):
     model = build_usam("vit_b", 3, 224)
-    report = weights.load_sam_checkpoint(model, official)
+    report = sam_file.load_sam_checkpoint(model, official)
     own = {name.removeprefix("sam.") for name in model.state_dict()}
     status = {name: row["status"] for name, row in conversion.items()}
     for name in own:
@@ -91,13 +91,13 @@ def test_another_encoders_file_is_refused(tmp_path):
     with torch.device("meta"):
         model = build_usam("vit_b")
     with pytest.raises(ValueError, match=r"\(1, 64, 64, 1024\).*\(1, 14, 14, 768\).*--sam_model"):
-        weights.load_sam_checkpoint(model, path)
+        sam_file.load_sam_checkpoint(model, path)
 
 
 def tiny_sam(model: USam) -> dict[str, torch.Tensor]:
     """The tensors of `model` that SAM has."""
     state = {name.removeprefix("sam."): value for name, value in model.state_dict().items()}
-    return {name: value for name, value in state.items() if name.startswith(weights.TAKEN)}
+    return {name: value for name, value in state.items() if name.startswith(sam_file.TAKEN["u"])}
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_missing_and_unknown_tensors_are_named(tiny, tmp_path):
     del state["image_encoder.neck.0.weight"]
     path = save(state | {"video.weight": torch.zeros(1)}, tmp_path / "sam.pth")
     with pytest.raises(ValueError, match="missing image_encoder.neck.0.weight; unexpected video"):
-        weights.load_sam_checkpoint(tiny, path)
+        sam_file.load_sam_checkpoint(tiny, path)
 
 
 def test_a_refused_file_changes_nothing(tiny, tmp_path):
@@ -118,7 +118,7 @@ def test_a_refused_file_changes_nothing(tiny, tmp_path):
     state = {name: value + 1 for name, value in tiny_sam(tiny).items()}
     state["mask_decoder.iou_token.weight"] = torch.zeros(2, 256)
     with pytest.raises(ValueError, match=r"iou_token.weight is \(2, 256\)"):
-        weights.load_sam_checkpoint(tiny, save(state, tmp_path / "sam.pth"))
+        sam_file.load_sam_checkpoint(tiny, save(state, tmp_path / "sam.pth"))
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
 
 
@@ -127,7 +127,7 @@ def test_damaged_and_unsafe_files_are_refused(tiny, tmp_path, content):
     path = tmp_path / "bad.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="bad.pth is damaged or not a plain checkpoint"):
-        weights.load_sam_checkpoint(tiny, path)
+        sam_file.load_sam_checkpoint(tiny, path)
     with pytest.raises(ValueError, match="bad.pth is damaged or not a plain checkpoint"):
         weights.read_checkpoint(path)
 
@@ -152,21 +152,21 @@ def server(tmp_path, monkeypatch) -> Path:
     """A folder that stands for the download address."""
     folder = tmp_path / "served"
     folder.mkdir()
-    monkeypatch.setattr(weights, "SAM_URL", folder.as_uri() + "/")
+    monkeypatch.setattr(sam_file, "SAM_URL", folder.as_uri() + "/")
     return folder
 
 
 def serve(folder: Path, content: bytes, promised: str, monkeypatch) -> str:
     name = f"sam_vit_b_{promised}.pth"
     (folder / name).write_bytes(content)
-    monkeypatch.setattr(weights, "SAM_FILES", {"vit_b": name})
+    monkeypatch.setattr(sam_file, "SAM_FILES", {"vit_b": name})
     return name
 
 
 def test_download_arrives_whole_under_its_name(server, tmp_path, monkeypatch):
     content = b"weights" * 500_000
     name = serve(server, content, hashlib.md5(content).hexdigest()[:6], monkeypatch)
-    weights.download_sam(tmp_path / "weight" / name)
+    sam_file.download_sam(tmp_path / "weight" / name)
     assert (tmp_path / "weight" / name).read_bytes() == content
     assert [file.name for file in (tmp_path / "weight").iterdir()] == [name]
 
@@ -174,14 +174,14 @@ def test_download_arrives_whole_under_its_name(server, tmp_path, monkeypatch):
 def test_damaged_download_is_refused_and_removed(server, tmp_path, monkeypatch):
     name = serve(server, b"half of it", "0123ab", monkeypatch)
     with pytest.raises(ValueError, match="came damaged: MD5 .*, not 0123ab"):
-        weights.download_sam(tmp_path / "weight" / name)
+        sam_file.download_sam(tmp_path / "weight" / name)
     assert list((tmp_path / "weight").iterdir()) == []
 
 
 def test_without_a_network_the_error_says_where_to_get_it(server, tmp_path):
     path = tmp_path / "weight" / "sam_vit_h_4b8939.pth"
     with pytest.raises(FileNotFoundError, match="no SAM checkpoint at .*download it from .*put it"):
-        weights.download_sam(path)
+        sam_file.download_sam(path)
     assert list(path.parent.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""U-SAM's prompt encoder and mask decoder, on `segment_anything`'s own.
+"""U-SAM's prompt encoder and mask decoders, on `segment_anything`'s own.
 
 usam.model joins them to the image encoder; names are those of the published code.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import PromptEncoder as SamPromptEncoder
 from segment_anything.modeling import TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
@@ -59,7 +60,46 @@ class PromptEncoder(SamPromptEncoder):
         return embedded
 
 
-class MaskDecoder(nn.Module):
+class TokenDecoder(nn.Module):
+    """What both decoders are made of: mask tokens, the two-way transformer, an MLP a token."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.transformer = TwoWayTransformer(2, PROMPT_WIDTH, num_heads=8, mlp_dim=2048)
+        self.iou_token = nn.Embedding(1, PROMPT_WIDTH)  # attended to, though nothing reads it
+        self.mask_tokens = nn.Embedding(num_tokens, PROMPT_WIDTH)
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(PROMPT_WIDTH, PROMPT_WIDTH, MAP_WIDTH, 3) for _ in range(num_tokens)
+        )
+
+    def attend(
+        self, embedding: Tensor, position: Tensor, prompts: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Mask tokens (N, T, 256) and image (N, 256, h, w) after the two-way transformer."""
+        N, sparse, dense = len(embedding), *prompts
+        learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([learned.expand(N, -1, -1), sparse.expand(N, -1, -1)], dim=1)
+        tokens, image = self.transformer(embedding + dense, position, tokens)
+        image = image.transpose(1, 2).reshape(embedding.shape)
+        return tokens[:, 1 : len(learned)], image
+
+    def hypernetworks(self, tokens: Tensor) -> Tensor:
+        """Map weights (N, T, 32) of mask tokens (N, T, 256), each token by its own MLP.
+
+        The MLPs keep their published names and run as three batched products.
+        """
+        mlps = self.output_hypernetworks_mlps
+        x = tokens.transpose(0, 1)  # (T, N, 256)
+        for depth in range(3):
+            layers = [mlp.layers[depth] for mlp in mlps]
+            weight = torch.stack([layer.weight for layer in layers])
+            bias = torch.stack([layer.bias for layer in layers])
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+            x = x if depth == 2 else x.relu()
+        return x.transpose(0, 1)
+
+
+class MaskDecoder(TokenDecoder):
     """Image embedding, prompts and skips -> logits (N, num_classes, H, W), float32.
 
     The two-way transformer lets 32 mask tokens and the prompts attend to the image; three up
@@ -68,13 +108,7 @@ class MaskDecoder(nn.Module):
     """
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.transformer = TwoWayTransformer(2, PROMPT_WIDTH, num_heads=8, mlp_dim=2048)
-        self.iou_token = nn.Embedding(1, PROMPT_WIDTH)  # attended to, though nothing reads it
-        self.mask_tokens = nn.Embedding(NUM_MASK_TOKENS, PROMPT_WIDTH)
-        self.output_hypernetworks_mlps = nn.ModuleList(
-            MLP(PROMPT_WIDTH, PROMPT_WIDTH, MAP_WIDTH, 3) for _ in range(NUM_MASK_TOKENS)
-        )
+        super().__init__(NUM_MASK_TOKENS)
         self.up4 = UpBlock(256, 128)
         self.up3 = UpBlock(128, 64)
         self.up2 = UpBlock(64, MAP_WIDTH)
@@ -101,28 +135,32 @@ class MaskDecoder(nn.Module):
         masks = torch.einsum("nchw,nmc->nhwm", maps, weights).permute(0, 3, 1, 2)  # channels last
         return self.final_output(self.up1(masks, x1)).float()
 
-    def attend(
+
+class SamMaskDecoder(TokenDecoder):
+    """SAM's own mask decoder with a mask token a class: logits (N, num_classes, H, W), float32.
+
+    Token 0, which in SAM gives the one mask, stands for the background, the next for the classes:
+    SAMed's order, in which SAM's weights serve up to four classes. Two transposed convolutions
+    bring the image to 1/4, where each token weighs its 32 maps; logits are then interpolated to
+    full size. SAM's guess of each mask's quality is left out: nothing would train it.
+    Source: Kirillov et al. 2023 (SAM); Zhang and Liu 2023 (SAMed).
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(PROMPT_WIDTH, 64, kernel_size=2, stride=2),
+            LayerNorm2d(64),
+            nn.GELU(),
+            nn.ConvTranspose2d(64, MAP_WIDTH, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+
+    def forward(
         self, embedding: Tensor, position: Tensor, prompts: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Mask tokens (N, 32, 256) and image (N, 256, h, w) after the two-way transformer."""
-        N, sparse, dense = len(embedding), *prompts
-        learned = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([learned.expand(N, -1, -1), sparse.expand(N, -1, -1)], dim=1)
-        tokens, image = self.transformer(embedding + dense, position, tokens)
-        image = image.transpose(1, 2).reshape(embedding.shape)
-        return tokens[:, 1 : 1 + NUM_MASK_TOKENS], image
-
-    def hypernetworks(self, tokens: Tensor) -> Tensor:
-        """Map weights (N, 32, 32) of mask tokens (N, 32, 256), each token by its own MLP.
-
-        The 32 MLPs keep their published names and run as three batched products.
-        """
-        mlps = self.output_hypernetworks_mlps
-        x = tokens.transpose(0, 1)  # (32, N, 256)
-        for depth in range(3):
-            layers = [mlp.layers[depth] for mlp in mlps]
-            weight = torch.stack([layer.weight for layer in layers])
-            bias = torch.stack([layer.bias for layer in layers])
-            x = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
-            x = x if depth == 2 else x.relu()
-        return x.transpose(0, 1)
+    ) -> Tensor:
+        """Logits of the prompted image; arguments as `MaskDecoder.forward` takes them."""
+        tokens, image = self.attend(embedding, position, prompts)
+        maps = self.output_upscaling(image)  # (N, 32, H/4, W/4)
+        logits = torch.einsum("nchw,nkc->nkhw", maps, self.hypernetworks(tokens)).float()
+        return F.interpolate(logits, scale_factor=PATCH // 4, mode="bilinear")

@@ -8,34 +8,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from usam.mask_decoder import MaskDecoder, PromptEncoder
+from usam.lora import add_lora, is_lora
+from usam.mask_decoder import MaskDecoder, PromptEncoder, SamMaskDecoder
 from usam.sam_vit import SAM_MODELS, SamSize, SamViT
 from usam.unet_path import DownPath
 
 __all__ = ["SAM_MODELS", "USam", "build_usam"]
 
 IMAGE_MEAN, IMAGE_STD = 0.1364736, 0.23238614  # of the CARE training slices, as published
-ADAPTERS = ("u",)
+ADAPTERS = ("u", "none")
+TUNINGS = ("full", "lora", "decoder")
 
 
 class USam(nn.Module):
     """Segments an image, with or without prompts: see `forward`.
 
-    A convolutional down path takes the place of SAM's patch embedding and hands its skips to the
-    mask decoder's up path.
+    With the U-shaped adapter a convolutional down path takes the place of SAM's patch embedding
+    and hands its skips to the mask decoder's up path. Without it this is SAM: its own patch
+    embedding and its own decoder, with the same normalisation of the image.
     """
 
-    def __init__(self, size: SamSize, num_classes: int, img_size: int) -> None:
+    def __init__(
+        self, size: SamSize, num_classes: int, img_size: int, *, adapter: str = "u"
+    ) -> None:
         super().__init__()
-        self.num_classes, self.img_size = num_classes, img_size
+        self.num_classes, self.img_size, self.adapter = num_classes, img_size, adapter
+        with_u = adapter == "u"
         self.sam = nn.ModuleDict(
             {
-                "image_encoder": SamViT(size, img_size),
+                "image_encoder": SamViT(size, img_size, patch_embed=not with_u),
                 "prompt_encoder": PromptEncoder(img_size),
-                "mask_decoder": MaskDecoder(num_classes),
+                "mask_decoder": (MaskDecoder if with_u else SamMaskDecoder)(num_classes),
             }
         )
-        self.backbone = DownPath(size.width)
+        self.backbone = DownPath(size.width) if with_u else None
 
     def forward(
         self,
@@ -54,11 +60,14 @@ class USam(nn.Module):
         # Channels last: pooling and convolutions are faster so on every device, and the tokens
         # come out contiguous. Each operation hands the layout on to the next.
         image = self.normalise(image).contiguous(memory_format=torch.channels_last)
-        skips, bottleneck = self.backbone(image)
-        embedding = self.sam.image_encoder(bottleneck.permute(0, 2, 3, 1))
+        encoder, decoder = self.sam.image_encoder, self.sam.mask_decoder
         prompts = self.sam.prompt_encoder(points, boxes)
         position = self.sam.prompt_encoder.get_dense_pe()
-        return self.sam.mask_decoder(embedding, position, prompts, skips=skips)
+        if self.backbone is None:
+            return decoder(encoder(encoder.patch_embed(image)), position, prompts)
+        skips, bottleneck = self.backbone(image)
+        embedding = encoder(bottleneck.permute(0, 2, 3, 1))
+        return decoder(embedding, position, prompts, skips=skips)
 
     def check_input(
         self, image: Tensor, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None
@@ -80,36 +89,54 @@ class USam(nn.Module):
     def parameter_groups(self, lr: float, lr_vit: float, lr_backbone: float) -> list[dict]:
         """Optimizer groups: decoder and prompts at lr, encoder at lr_vit, down path at lr_backbone.
 
-        Every trained parameter is in one group.
+        Every trained parameter is in one group; LoRA's are the encoder's. A part of which nothing
+        is trained has none.
         """
-        sam = self.sam
+        rates = {"decoder": lr, "encoder": lr_vit, "LoRA": lr_vit, "down path": lr_backbone}
         groups = [
-            ("decoder", [sam.mask_decoder, sam.prompt_encoder], lr),
-            ("encoder", [sam.image_encoder], lr_vit),
-            ("down path", [self.backbone], lr_backbone),
+            {"name": name, "params": [p for p in part if p.requires_grad], "lr": rates[name]}
+            for name, part in self.parts().items()
         ]
-        return [
-            {
-                "name": name,
-                "params": [p for part in parts for p in part.parameters() if p.requires_grad],
-                "lr": rate,
-            }
-            for name, parts, rate in groups
-        ]
+        return [group for group in groups if group["params"]]
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters by part: decoder (with the prompts), encoder, LoRA and down path."""
+        sam, encoder = self.sam, list(self.sam.image_encoder.named_parameters())
+        return {
+            "decoder": [*sam.mask_decoder.parameters(), *sam.prompt_encoder.parameters()],
+            "encoder": [parameter for name, parameter in encoder if not is_lora(name)],
+            "LoRA": [parameter for name, parameter in encoder if is_lora(name)],
+            "down path": list(self.backbone.parameters()) if self.backbone else [],
+        }
 
 
 def build_usam(
-    sam_model: str = "vit_b", num_classes: int = 3, img_size: int = 224, adapter: str = "u"
+    sam_model: str = "vit_b",
+    num_classes: int = 3,
+    img_size: int = 224,
+    adapter: str = "u",
+    tuning: str = "full",
 ) -> USam:
     """A randomly initialised U-SAM on the encoder `sam_model` of SAM_MODELS.
 
-    adapter "u" makes the tokens by the convolutional down path, as published. Raises ValueError
-    for an unknown model or adapter, fewer than two classes or a size that 16 does not divide.
+    adapter: "u" makes the tokens by the convolutional down path, as published; "none" is SAM
+    itself. tuning: what of the encoder is trained, all of it ("full"), LoRA on its queries and
+    values ("lora") or nothing ("decoder"); decoder, prompts and down path always are. Raises
+    ValueError for an unknown choice, fewer than two classes or a size that 16 does not divide.
     """
-    if sam_model not in SAM_MODELS:
-        raise ValueError(f"sam_model must be one of {', '.join(SAM_MODELS)}, found {sam_model!r}")
-    if adapter not in ADAPTERS:
-        raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, found {adapter!r}")
+    choices = {
+        "sam_model": (sam_model, tuple(SAM_MODELS)),
+        "adapter": (adapter, ADAPTERS),
+        "tuning": (tuning, TUNINGS),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, found {value!r}")
     if num_classes < 2:
         raise ValueError(f"num_classes counts the background, so at least 2; found {num_classes}")
-    return USam(SAM_MODELS[sam_model], num_classes, img_size)
+    model = USam(SAM_MODELS[sam_model], num_classes, img_size, adapter=adapter)
+    if tuning == "lora":
+        add_lora(model.sam.image_encoder)
+    elif tuning == "decoder":
+        model.sam.image_encoder.requires_grad_(False)
+    return model

@@ -59,10 +59,12 @@ class SamAttention(Attention):
     grid (global attention, or a window that fits), smaller (the grid is cut into windows) or
     larger. In the last case SAM pads the normalised tokens with zeros, so that each of the padded
     keys equals the qkv bias and takes part in the softmax; here they are one virtual key.
+    `lora`, where there is one, adds to the projection (`usam.lora`): to a padded token nothing.
     """
 
     def __init__(self, dim: int, num_heads: int, *, grid: int, window: int) -> None:
         super().__init__(dim, num_heads, use_rel_pos=True, input_size=(window, window))
+        self.lora: nn.Module | None = None
         self.window = window
         self.cut = window < grid
         self.extent = min(grid, window)  # real tokens along one side of what is attended over
@@ -73,12 +75,17 @@ class SamAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.cut:
-            return self.proj(self.attend(self.qkv(x)))
+            return self.proj(self.attend(self.project(x, self.qkv.bias)))
         side = x.shape[1]
         # Projected before padding: a padded token is exactly the bias, and costs no product.
-        windows, padded = window_partition(F.linear(x, self.qkv.weight), self.window)
+        windows, padded = window_partition(self.project(x, None), self.window)
         out = self.attend(windows + self.qkv.bias)
         return self.proj(window_unpartition(out, self.window, padded, (side, side)))
+
+    def project(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Queries, keys and values (..., 3C) of tokens (..., C)."""
+        qkv = F.linear(x, self.qkv.weight, bias)
+        return qkv if self.lora is None else qkv + self.lora(x)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """(B, n, n, 3C) projected tokens -> (B, n, n, C), before the output projection.

@@ -7,58 +7,22 @@ u-sam.py starts training from the former (`initialize`) and reads its own and th
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import re
-import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from usam import sam_file
 from usam.checkpoint import FORMAT
 from usam.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
+from usam.lora import is_lora, merged
 from usam.model import SAM_MODELS, USam, build_usam
+from usam.sam_file import check_names, resize
 from usam.sam_vit import PATCH
-from usam.torch_files import is_state_dict, read_file, read_tensors
-
-SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-SAM_FOLDER = Path("weight")
-SAM_FILES = {  # the digits are the first of the file's MD5
-    "vit_b": "sam_vit_b_01ec64.pth",
-    "vit_l": "sam_vit_l_0b3195.pth",
-    "vit_h": "sam_vit_h_4b8939.pth",
-}
-
-# What becomes of each tensor, by the start of its name without `sam.`. A name on neither side of
-# these lists, or missing where it is wanted, is an error: nothing is skipped in silence.
-TAKEN = (
-    "image_encoder.",
-    "prompt_encoder.",
-    "mask_decoder.transformer.",
-    "mask_decoder.iou_token.",
-)
-LEFT_AT_INIT = (
-    "backbone.",
-    "mask_decoder.mask_tokens.",  # 32 here, 4 in SAM
-    "mask_decoder.output_hypernetworks_mlps.",
-    "mask_decoder.up",
-    "mask_decoder.final_output.",
-)
-IGNORED = (
-    "image_encoder.patch_embed.",
-    "prompt_encoder.mask_downscaling.",
-    "mask_decoder.mask_tokens.",
-    "mask_decoder.output_hypernetworks_mlps.",
-    "mask_decoder.output_upscaling.",
-    "mask_decoder.iou_prediction_head.",
-)
-RESIZABLE = re.compile(r"image_encoder\.(pos_embed|blocks\.\d+\.attn\.rel_pos_[hw])")
+from usam.small_checkpoint import completed
+from usam.torch_files import is_state_dict, read_file
 
 # In published U-SAM checkpoints, though no logit depends on them.
 UNUSED_LAYERS = (
@@ -76,32 +40,6 @@ UNUSED = frozenset(
 )
 
 
-class Report(NamedTuple):
-    """What became of each tensor, by name without `sam.`; `str` gives it in one line."""
-
-    source: Path
-    taken: list[str]
-    resized: list[str]
-    left_at_init: list[str]
-    ignored: list[str]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.source}: {len(self.taken)} tensors taken, {len(self.resized)} resized to the "
-            f"token grid, {len(self.left_at_init)} left at init ({parts(self.left_at_init)}), "
-            f"{len(self.ignored)} of the file ignored ({parts(self.ignored)})"
-        )
-
-
-def parts(names: list[str]) -> str:
-    """The modules that tensors belong to, each once: `mask_decoder.up4.up.bias` is in `up4`."""
-    found = (name.split(".")[0 if name.startswith("backbone.") else 1] for name in names)
-    return ", ".join(dict.fromkeys(found)) or "none"
-
-
-# ------------------------------------------------------------------ SAM's official checkpoints
-
-
 def initialize(
     model: USam, sam_model: str, sam_weight: str | Path | None, *, init: Path | None = None
 ) -> str:
@@ -112,26 +50,32 @@ def initialize(
     downloaded. Raises FileNotFoundError where that fails and ValueError where a file does not fit.
     """
     if init is not None:
-        return start_from(model, init)
-    if str(sam_weight) == "none" or (sam_weight is None and sam_model not in SAM_FILES):
+        return start_from(model, init, sam_weight)
+    path = sam_file.find(sam_model, sam_weight)
+    if path is None:
         return f"{sam_model} starts from random weights"
-    path = Path(sam_weight) if sam_weight else SAM_FOLDER / SAM_FILES[sam_model]
-    if not path.exists():
-        download_sam(path)
-    return str(load_sam_checkpoint(model, path))
+    return str(sam_file.load_sam_checkpoint(model, path))
 
 
-def start_from(model: USam, path: Path) -> str:
+def start_from(model: USam, path: Path, sam_weight: str | Path | None = None) -> str:
     """Put those weights of another U-SAM's checkpoint into `model` that fit; one line on the rest.
 
     Tables of positions are resized to the model's token grid; what depends on the classes stays
-    at init where their number differs. Raises ValueError where nothing of the encoder fits.
+    at init where their number differs. LoRA goes on as such where `model` has one and is added to
+    the weights otherwise. Raises ValueError where nothing of the encoder fits or the other U-SAM
+    has another --adapter.
     """
-    state, own = read_checkpoint(path)["model"], model.state_dict()
+    saved, own = read_checkpoint(path, sam_weight), model.state_dict()
+    adapter = saved["data"].get("adapter", "u")
+    if adapter != model.adapter:
+        raise ValueError(f"{path} was trained with --adapter {adapter}; give it to this run, too")
+    state = saved["model"] if any(map(is_lora, own)) else merged(saved["model"])
     known = {
         n: resize(v, n.removeprefix("sam."), own[n].shape) for n, v in state.items() if n in own
     }
     fitting = {name: value for name, value in known.items() if value.shape == own[name].shape}
+    if "sam.mask_decoder.mask_tokens.weight" not in fitting:  # a token and its MLP go together
+        fitting = {n: value for n, value in fitting.items() if ".output_hypernetworks" not in n}
     if not any(name.startswith("sam.image_encoder.blocks.") for name in fitting):
         raise ValueError(f"{path}: no encoder block fits; was it trained with another --sam_model?")
     model.load_state_dict(fitting, strict=False)
@@ -139,113 +83,15 @@ def start_from(model: USam, path: Path) -> str:
     return f"{path}: {len(fitting)} tensors taken, left at init: {', '.join(left) or 'none'}"
 
 
-def load_sam_checkpoint(model: USam, path: str | Path) -> Report:
-    """Put SAM's official weights into `model`, in place, checked name by name.
-
-    The position embedding and the relative-position tables of global blocks are resized
-    bilinearly to the model's token grid. Raises ValueError naming the tensors that are missing,
-    unknown or of another shape.
-    """
-    path = Path(path)
-    state = read_tensors(path)
-    own = {name.removeprefix("sam."): value for name, value in model.state_dict().items()}
-    wanted = [name for name in own if name.startswith(TAKEN)]
-    left = [name for name in own if name not in wanted]
-    ignored = [name for name in state if name not in wanted and name.startswith(IGNORED)]
-    assert all(name.startswith(LEFT_AT_INIT) for name in left), left
-    fitted = {name: resize(state[name], name, own[name].shape) for name in wanted if name in state}
-    check_shapes(path, fitted, own)  # before the names: another encoder differs in both
-    check_names(path, missing=set(wanted) - set(state), unknown=set(state) - {*wanted, *ignored})
-    with torch.no_grad():
-        for name in wanted:
-            own[name].copy_(fitted[name])
-    resized = [name for name in wanted if state[name].shape != own[name].shape]
-    taken = [name for name in wanted if name not in resized]
-    return Report(path, taken, resized, left, ignored)
-
-
-def resize(value: Tensor, name: str, shape: torch.Size) -> Tensor:
-    """`value` for a token grid of another size; itself where it fits or cannot be resized.
-
-    The position embedding (1, h, w, C) is resized in both directions, a relative-position table
-    (2 side - 1, C) along its first axis.
-    """
-    if value.shape == shape or not RESIZABLE.fullmatch(name) or value.shape[-1] != shape[-1]:
-        return value
-    if value.dim() == 4:
-        grid = F.interpolate(value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear")
-        return grid.permute(0, 2, 3, 1)
-    return F.interpolate(value.T.unsqueeze(0), size=shape[0], mode="linear").squeeze(0).T
-
-
-def check_shapes(source: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises ValueError that names the first tensor of `found` of another shape than wanted."""
-    for name, value in found.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(value.shape)}, this model's is "
-                f"{tuple(wanted[name].shape)}; is it the file of another --sam_model?"
-            )
-
-
-def check_names(source: Path, missing: set[str], unknown: set[str]) -> None:
-    """Raises ValueError that names tensors which a file should hold or should not."""
-    faults = {"missing": sorted(missing), "unexpected": sorted(unknown)}
-    said = [
-        f"{kind} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        for kind, names in faults.items()
-        if names
-    ]
-    if said:
-        raise ValueError(f"{source} is not a checkpoint of this model: {'; '.join(said)}")
-
-
-def download_sam(path: Path) -> None:
-    """Download the official file that `path` is named after, whole and checked, to `path`.
-
-    Raises FileNotFoundError that says where to get it if it is not official or there is no
-    network, ValueError if what came is not what the digits in its name promise.
-    """
-    where = f"download it from {SAM_URL}{path.name} and put it there, or pass --sam_weight none"
-    if path.name not in SAM_FILES.values():
-        official = ", ".join(SAM_FILES.values())
-        raise FileNotFoundError(f"no SAM checkpoint at {path}; official files are {official}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = fetch(SAM_URL + path.name, temporary)
-        promised = path.stem.rpartition("_")[2]
-        if not found.startswith(promised):
-            raise ValueError(f"{path.name} came damaged: MD5 {found}, not {promised}...; {where}")
-        os.replace(temporary, path)
-    except (OSError, HTTPException) as error:
-        raise FileNotFoundError(f"no SAM checkpoint at {path} ({error}); {where}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fetch(url: str, path: Path) -> str:
-    """Write what `url` serves to `path`, with a progress bar; its MD5."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
-        size = int(answer.headers.get("Content-Length") or 0) or None
-        name = url.rpartition("/")[2]
-        with tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
-            while chunk := answer.read(1 << 20):
-                file.write(chunk)
-                digest.update(chunk)
-                bar.update(len(chunk))
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------ U-SAM checkpoints
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, sam_weight: str | Path | None = None) -> dict[str, Any]:
     """A checkpoint of u-sam.py, or a published U-SAM checkpoint in the same form.
 
     A published one has weights, args and data only, and `points_are_row_col` is true of it.
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or neither of the two.
+    A small one is completed from SAM's file, see `usam.small_checkpoint`; sam_weight: where that
+    lies. Raises FileNotFoundError if there is none, ValueError if it is damaged or neither.
     """
     path = Path(path)
     if not path.is_file():
@@ -257,7 +103,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not whole or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT} written by u-sam.py")
     check_parts(content, path)
-    return dict(content)
+    return completed(content, path, sam_weight)
 
 
 def is_published(content: Any) -> bool:

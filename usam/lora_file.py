@@ -1,0 +1,79 @@
+"""LoRA files as SAMed and its kin write them: `w_a_000` and so on, with or without a decoder.
+
+u-sam.py starts LoRA from one (`--lora_weight`) and writes one (`--export_lora`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from usam.lora import from_samed, is_lora, to_samed
+from usam.model import USam
+from usam.sam_file import check_names, check_shapes
+from usam.torch_files import read_tensors
+
+TUNED = ("prompt_encoder.", "mask_decoder.")  # SAMed's files hold these beside LoRA
+
+
+def load_lora(model: USam, path: Path) -> str:
+    """Put a LoRA file into `model`, in place; one line that says what came from it.
+
+    Every LoRA tensor must be there and fit. Of SAM's prompt encoder and decoder, in SAMed's own
+    files, what fits is taken where `model` has them (--adapter none). Raises FileNotFoundError or
+    ValueError.
+    """
+    tensors = read_lora(path)
+    state = model.state_dict()
+    found, own = from_samed(tensors, "sam.image_encoder."), set(filter(is_lora, state))
+    if not own:
+        raise ValueError(f"{path} holds LoRA, this model has none; add --tuning lora")
+    check_names(path, missing=own - found.keys(), unknown=found.keys() - own)
+    check_shapes(path, found, state)
+    rest = {f"sam.{name}": value for name, value in tensors.items() if name.startswith(TUNED)}
+    fits = {
+        name: value
+        for name, value in rest.items()
+        if model.adapter == "none" and name in state and state[name].shape == value.shape
+    }
+    model.load_state_dict(found | fits, strict=False)
+    return (
+        f"{path}: LoRA of {len(found) // 4} blocks taken, {len(fits)} tensors of prompts and "
+        f"decoder, {len(tensors) - len(found) - len(fits)} ignored"
+    )
+
+
+def save_lora(state: Mapping[str, Tensor], path: Path, *, with_decoder: bool) -> str:
+    """Write the LoRA of a model's weights under SAMed's names; one line that says so.
+
+    A path that ends in .safetensors becomes that, any other a torch file. with_decoder: also
+    prompts and mask decoder, which are SAM's without the U-shaped adapter. SAMed's program wants
+    two modules more, which U-SAM does not have: mask_downscaling and iou_prediction_head.
+    Raises ValueError where there is no LoRA.
+    """
+    tensors = to_samed(state)
+    if with_decoder:
+        plain = {name.removeprefix("sam."): value for name, value in state.items()}
+        tensors |= {n: v.contiguous() for n, v in plain.items() if n.startswith(TUNED)}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return f"{len(tensors)} tensors in {path}, named as SAMed names them"
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The tensors of a LoRA file by their names; raises FileNotFoundError or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no LoRA file at {path}")
+    if path.suffix != ".safetensors":
+        return read_tensors(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error

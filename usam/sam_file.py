@@ -1,0 +1,242 @@
+"""SAM's official checkpoints: found or downloaded, checked name by name, put into U-SAM.
+
+`usam.weights` starts a training from one of them and completes small checkpoints with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from usam.lora import is_lora
+from usam.model import USam
+from usam.torch_files import read_tensors
+
+MASK_TOKENS = "mask_decoder.mask_tokens.weight"
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FOLDER = Path("weight")
+SAM_FILES = {  # the digits are the first of the file's MD5
+    "vit_b": "sam_vit_b_01ec64.pth",
+    "vit_l": "sam_vit_l_0b3195.pth",
+    "vit_h": "sam_vit_h_4b8939.pth",
+}
+
+# What becomes of each tensor, by --adapter and the start of its name without `sam.`. A name on
+# neither side of these lists, or missing where it is wanted, is an error: nothing is skipped in
+# silence. LoRA is always left at init.
+SAM_MASKS = 4  # mask tokens in SAM
+OF_BOTH = (
+    "image_encoder.",
+    "prompt_encoder.",
+    "mask_decoder.transformer.",
+    "mask_decoder.iou_token.",
+)
+TAKEN = {
+    "u": OF_BOTH,
+    "none": (
+        *OF_BOTH,
+        "mask_decoder.output_upscaling.",
+        MASK_TOKENS,
+        *(f"mask_decoder.output_hypernetworks_mlps.{index}." for index in range(SAM_MASKS)),
+    ),
+}
+LEFT_AT_INIT = {
+    "u": (
+        "backbone.",
+        MASK_TOKENS,  # 32 here, 4 in SAM
+        "mask_decoder.output_hypernetworks_mlps.",
+        "mask_decoder.up",
+        "mask_decoder.final_output.",
+    ),
+    "none": ("mask_decoder.output_hypernetworks_mlps.",),  # of the fifth class and on
+}
+UNUSED_OF_SAM = ("prompt_encoder.mask_downscaling.", "mask_decoder.iou_prediction_head.")
+IGNORED = {
+    "u": (
+        *UNUSED_OF_SAM,
+        "image_encoder.patch_embed.",
+        MASK_TOKENS,
+        "mask_decoder.output_hypernetworks_mlps.",
+        "mask_decoder.output_upscaling.",
+    ),
+    "none": (*UNUSED_OF_SAM, "mask_decoder.output_hypernetworks_mlps."),  # of classes there are not
+}
+RESIZABLE = re.compile(r"image_encoder\.(pos_embed|blocks\.\d+\.attn\.rel_pos_[hw])")
+
+
+class Report(NamedTuple):
+    """What became of each tensor, by name without `sam.`; `str` gives it in one line."""
+
+    source: Path
+    taken: list[str]
+    resized: list[str]
+    left_at_init: list[str]
+    ignored: list[str]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {len(self.taken)} tensors taken, {len(self.resized)} resized to the "
+            f"token grid or classes, {len(self.left_at_init)} left at init "
+            f"({parts(self.left_at_init)}), "
+            f"{len(self.ignored)} of the file ignored ({parts(self.ignored)})"
+        )
+
+
+def parts(names: list[str]) -> str:
+    """The modules that tensors belong to, each once: `mask_decoder.up4.up.bias` is in `up4`."""
+    found = (name.split(".")[0 if name.startswith("backbone.") else 1] for name in names)
+    return ", ".join(dict.fromkeys(found)) or "none"
+
+
+def find(sam_model: str, sam_weight: str | Path | None) -> Path | None:
+    """SAM's file that `--sam_weight` means; downloaded if it is official and missing.
+
+    sam_weight: a file, `none`, or None for the official file of `sam_model` in weight/. None comes
+    back for random weights. Raises FileNotFoundError where there is no file to be had.
+    """
+    if str(sam_weight) == "none" or (sam_weight is None and sam_model not in SAM_FILES):
+        return None
+    path = Path(sam_weight) if sam_weight else SAM_FOLDER / SAM_FILES[sam_model]
+    if not path.exists():
+        download_sam(path)
+    return path
+
+
+def load_sam_checkpoint(model: USam, path: str | Path) -> Report:
+    """Put SAM's official weights into `model`, in place, checked name by name.
+
+    The position embedding and the relative-position tables of global blocks are resized
+    bilinearly to the model's token grid. Without the U-shaped adapter SAM's mask tokens serve the
+    first four classes, the background among them. Raises ValueError naming the tensors that are
+    missing, unknown or of another shape.
+    """
+    path = Path(path)
+    state = read_tensors(path)
+    own = {name.removeprefix("sam."): value for name, value in model.state_dict().items()}
+    wanted = [n for n in own if n.startswith(TAKEN[model.adapter]) and not is_lora(n)]
+    left = [name for name in own if name not in wanted]
+    ignored = [n for n in state if n not in wanted and n.startswith(IGNORED[model.adapter])]
+    assert all(n.startswith(LEFT_AT_INIT[model.adapter]) or is_lora(n) for n in left), left
+    fitted = {name: fit(state[name], name, own[name]) for name in wanted if name in state}
+    check_shapes(path, fitted, own)  # before the names: another encoder differs in both
+    check_names(path, missing=set(wanted) - set(state), unknown=set(state) - {*wanted, *ignored})
+    with torch.no_grad():
+        for name in wanted:
+            own[name].copy_(fitted[name])
+    resized = [name for name in wanted if state[name].shape != own[name].shape]
+    taken = [name for name in wanted if name not in resized]
+    return Report(path, taken, resized, left, ignored)
+
+
+def encoder_of(path: Path, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of SAM's file at `path` that an encoder of such names and shapes starts with.
+
+    shapes: by name without `sam.`, as the names that come back. Raises ValueError for a tensor
+    that is missing or does not fit.
+    """
+    state = read_tensors(path)
+    check_names(path, missing=shapes.keys() - state.keys(), unknown=set())
+    fitted = {name: resize(state[name], name, value.shape) for name, value in shapes.items()}
+    check_shapes(path, fitted, shapes)
+    return fitted
+
+
+def fit(value: Tensor, name: str, own: Tensor) -> Tensor:
+    """SAM's tensor for a model that has `own`: mask tokens as far as they go, else `resize`."""
+    if name == MASK_TOKENS and value.shape[1:] == own.shape[1:]:
+        return torch.cat([value[: len(own)], own[len(value) :]])
+    return resize(value, name, own.shape)
+
+
+def resize(value: Tensor, name: str, shape: torch.Size) -> Tensor:
+    """`value` for a token grid of another size; itself where it fits or cannot be resized.
+
+    The position embedding (1, h, w, C) is resized in both directions, a relative-position table
+    (2 side - 1, C) along its first axis.
+    """
+    if value.shape == shape or not RESIZABLE.fullmatch(name) or value.shape[-1] != shape[-1]:
+        return value
+    if value.dim() == 4:
+        grid = F.interpolate(value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear")
+        return grid.permute(0, 2, 3, 1)
+    return F.interpolate(value.T.unsqueeze(0), size=shape[0], mode="linear").squeeze(0).T
+
+
+def check_shapes(source: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raises ValueError that names the first tensor of `found` of another shape than wanted."""
+    for name, value in found.items():
+        if value.shape != wanted[name].shape:
+            raise ValueError(
+                f"{source}: {name} is {tuple(value.shape)}, this model's is "
+                f"{tuple(wanted[name].shape)}; is it the file of another --sam_model?"
+            )
+
+
+def check_names(source: Path, missing: set[str], unknown: set[str]) -> None:
+    """Raises ValueError that names tensors which a file should hold or should not."""
+    faults = {"missing": sorted(missing), "unexpected": sorted(unknown)}
+    said = [
+        f"{kind} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
+        for kind, names in faults.items()
+        if names
+    ]
+    if said:
+        raise ValueError(f"{source} is not a checkpoint of this model: {'; '.join(said)}")
+
+
+def download_sam(path: Path) -> None:
+    """Download the official file that `path` is named after, whole and checked, to `path`.
+
+    Raises FileNotFoundError that says where to get it if it is not official or there is no
+    network, ValueError if what came is not what the digits in its name promise.
+    """
+    where = f"download it from {SAM_URL}{path.name} and put it there, or pass --sam_weight none"
+    if path.name not in SAM_FILES.values():
+        official = ", ".join(SAM_FILES.values())
+        raise FileNotFoundError(f"no SAM checkpoint at {path}; official files are {official}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = fetch(SAM_URL + path.name, temporary)
+        promised = path.stem.rpartition("_")[2]
+        if not found.startswith(promised):
+            raise ValueError(f"{path.name} came damaged: MD5 {found}, not {promised}...; {where}")
+        os.replace(temporary, path)
+    except (OSError, HTTPException) as error:
+        raise FileNotFoundError(f"no SAM checkpoint at {path} ({error}); {where}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch(url: str, path: Path) -> str:
+    """Write what `url` serves to `path`, with a progress bar; its MD5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
+        size = int(answer.headers.get("Content-Length") or 0) or None
+        name = url.rpartition("/")[2]
+        with tqdm(total=size, unit="B", unit_scale=True, desc=name) as bar:
+            while chunk := answer.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
