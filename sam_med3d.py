@@ -24,7 +24,7 @@ from dataset.volume_scans import SPACING, ScanVolume, read_label_volume, read_vo
 from usam import checkpoint, clicks3d, distributed, evaluate3d, predict3d, weights3d
 from usam.distributed import say
 from usam.engine import Precision
-from usam.job import Job
+from usam.job import Job, Summary, Watch
 from usam.loaders import evaluation_loader
 from usam.model3d import SamMed3d, build_sam_med3d
 from usam.scan_output import MONTAGE, class_colors, class_volumes, count_voxels, save_montage
@@ -85,10 +85,13 @@ def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: V
     if not len(val):
         say("too few training cases to set some aside: best.pth holds the last epoch")
     how = {"num_workers": args.num_workers, "batch_size": args.batch_size}
-    validate = partial(
-        clicks3d.click_dice, model, evaluation_loader(val, **how), normalise=normalise,
-        precision=precision, seed=args.seed,
-    )  # fmt: skip
+    validation = evaluation_loader(val, **how)
+
+    def validate(watch: Watch) -> Summary:
+        return clicks3d.click_dice(
+            model, watch(validation), normalise=normalise, precision=precision, seed=args.seed
+        )
+
     return Job(
         model=model,
         groups=model.parameter_groups(args.lr_vit, args.lr),

@@ -8,15 +8,17 @@
     python u-sam.py --model sam-med3d --dataset volumes --data_root ROOT
     python u-sam.py --model sam-med3d --predict SCAN.nii.gz --resume chkpt/best.pth --point 90 81 40
 
-Reads top to bottom: flags, what a run is made of, training, evaluation.
+Reads top to bottom: flags, what a run is made of, evaluation, prediction; training.py has the
+epochs. Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved, to go on with
+--resume auto.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,24 +30,21 @@ from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
 from dataset.scan_slices import ScanSlices, find_scans, output_names
 from dataset.scans import parse_window
 from dataset.transforms import AUGMENTATIONS
-from sam_med3d import run_volumes
-from usam import checkpoint, distributed, engine, report, weights
-from usam.average import WeightAverage, averaged
-from usam.compilation import compile_training, should_compile
+from sam_med3d import Train, run_volumes
+from training import train
+from usam import checkpoint, distributed, engine, report, resume, weights
+from usam.average import averaged
 from usam.distributed import say
 from usam.engine import Precision
 from usam.flags import parse_flags, settle
-from usam.job import Job, Summary
-from usam.loaders import evaluation_loader, loader_for
-from usam.metrics import rank_score
+from usam.job import Job, Summary, Watch
+from usam.loaders import evaluation_loader
 from usam.model import USam, build_usam
 from usam.predict import Predictor, predict_scans
+from usam.preemption import StopRequest
 from usam.prompts import MIXED
 from usam.recipes import chosen_loss, jitter_pixels
-from usam.recomputation import recompute_activations
-from usam.run_folder import RunFolder, run_state
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
-from usam.schedule import warmup_length
 
 BAD_INPUT = 2  # exit code
 NUM_OVERLAYS = 8
@@ -54,19 +53,20 @@ NUM_OVERLAYS = 8
 def main(args: Namespace) -> None:
     """One run: device, checkpoint and flags, then what the model does with them."""
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
-    saved = weights.read_checkpoint(args.resume) if args.resume else None
+    args.resume, saved = resume.choose(args.resume, args.output_dir)
     settle(args, saved)
     if saved and (args.eval or args.predict):
         saved = averaged(saved)
     precision = engine.select_precision(args.amp, device)
     say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
-    if args.model == "sam-med3d":
-        run_volumes(args, precision, saved, train)
-    else:
-        run_slices(args, precision, saved)
+    run = run_volumes if args.model == "sam-med3d" else run_slices
+    with nullcontext() if args.eval or args.predict else StopRequest() as stop:
+        run(args, precision, saved, partial(train, stop=stop))
 
 
-def run_slices(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
+def run_slices(
+    args: Namespace, precision: Precision, saved: dict[str, Any] | None, train: Train
+) -> None:
     """U-SAM on slices: data, model, then training or evaluation; or prediction, without data."""
     if args.predict:
         predict_slices(args, precision, saved)
@@ -116,8 +116,8 @@ def slices_job(
     validation, classes = evaluation_loader(data["val"], **how), data["val"].classes
     mode = 0 if args.prompt_mode == MIXED else args.prompt_mode
 
-    def validate() -> Summary:
-        counts = engine.evaluate(model, validation, prompt_mode=mode, precision=precision)
+    def validate(watch: Watch) -> Summary:
+        counts = engine.evaluate(model, watch(validation), prompt_mode=mode, precision=precision)
         return counts.summary(classes)
 
     def shown(summary: Summary) -> dict[str, float | None]:
@@ -141,104 +141,6 @@ def slices_job(
         info=data["train"].info | {"prompt_mode": args.prompt_mode},
         favoured=distributed.Favoured(args.foreground_share, data["train"].by_class),
     )
-
-
-def train(args: Namespace, precision: Precision, job: Job, saved: dict[str, Any] | None) -> None:
-    """Train until `--epochs` are done; evaluate, log and save after each."""
-    if args.checkpoint_activations:
-        recompute_activations(job.model)
-    if should_compile(args.compile, args.model, precision.device):
-        samples = [job.data[0, 0]] * min(args.batch_size, len(job.data))
-        compile_training(job.model, job.step, samples, precision)
-    num_samples = len(job.data)
-    batches = distributed.TrainingBatches(num_samples, args.batch_size, args.seed, job.favoured)
-    loader = loader_for(job.data, args.num_workers, batch_sampler=batches)
-    optimizer = engine.build_optimizer(job.groups, args.weight_decay)
-    scaler = precision.scaler()
-    progress, best = restore(args, saved, optimizer, scaler)
-    average = WeightAverage(job.model, args.ema, (saved or {}).get("average"))
-    if args.start_epoch is not None:
-        samples = args.start_epoch * len(batches) * batches.samples_per_step
-        progress = engine.Progress(epoch=args.start_epoch, samples=samples)
-    folder = RunFolder(args.output_dir, args.resume, progress.epoch)
-    state = partial(
-        run_state, flags=vars(args), data=job.info, model=job.model, progress=progress, best=best,
-        optimizer=optimizer, scaler=scaler, average=average,
-    )  # fmt: skip
-    one_epoch = partial(
-        engine.train_one_epoch, distributed.wrap(job.model, precision.device), loader, optimizer,
-        step=job.step, recipe=recipe_of(args, job), precision=precision, scaler=scaler,
-        progress=progress, average=average,
-    )  # fmt: skip
-    while not is_over(args, progress, best):
-        batches.epoch, batches.first_step = progress.epoch, progress.step
-        line, started = {"epoch": progress.epoch}, time.perf_counter()
-        line |= one_epoch() | {"samples": progress.samples}
-        distributed.broadcast_buffers(job.model)
-        score = None
-        if job.validate:
-            with average.in_use():
-                line["val"] = job.validate()
-            score = line["val"]["mean_dice"]
-        is_best = best["epoch"] is None or rank_score(score) > rank_score(best["mean_dice"])
-        if is_best or not job.validate:
-            best.update(epoch=line["epoch"], mean_dice=score)
-        folder.log(line)
-        figures = job.shown(line["val"]) if job.validate else {}
-        say(report.one_line(line, figures, time.perf_counter() - started, is_best=is_best))
-        folder.save(
-            state,
-            as_best=best["epoch"] == line["epoch"],
-            may_skip=not (is_best and job.validate) and not is_over(args, progress, best),
-        )
-    folder.finish()
-    say(f"best.pth, last.pth and log.jsonl in {args.output_dir}")
-
-
-def is_over(args: Namespace, progress: engine.Progress, best: dict[str, Any]) -> bool:
-    """Whether all epochs are done, or the last `--patience` of them were not better."""
-    waited = 0 if best["epoch"] is None else progress.epoch - 1 - best["epoch"]
-    return progress.epoch >= args.epochs or 0 < args.patience <= waited
-
-
-def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
-    """What the flags say about training on the samples of `job`."""
-    total = args.epochs * len(job.data)
-    return engine.Recipe(
-        seed=args.seed,
-        total_samples=total,
-        warmup_samples=warmup_length(total, args.epochs) if args.warmup else 0,
-        accumulation_steps=args.accumulation_steps,
-        clip_max_norm=args.clip_max_norm,
-        decay_at=job.decay_at,
-    )
-
-
-def restore(
-    args: Namespace,
-    saved: dict[str, Any] | None,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[engine.Progress, dict[str, Any]]:
-    """Where training starts and the best so far; optimizer, scaler and generators as saved.
-
-    Raises ValueError for a checkpoint that does not hold them.
-    """
-    progress, best = engine.Progress(), {"epoch": None, "mean_dice": None}
-    if saved:
-        if "optimizer" not in saved:
-            raise ValueError(
-                f"{args.resume} holds weights only; go on from last.pth, or evaluate it with --eval"
-            )
-        flags = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, (rate, decay) in zip(optimizer.param_groups, flags, strict=True):
-            group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
-        if saved["scaler"]:  # empty unless it was float16 that was trained with
-            scaler.load_state_dict(saved["scaler"])
-        checkpoint.restore_random_state(saved["rng"])
-        progress, best = engine.Progress(**saved["progress"]), dict(saved["best"])
-    return progress, best
 
 
 def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:

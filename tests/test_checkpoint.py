@@ -19,6 +19,7 @@ import torch
 
 from tests.toy import FLOAT32, Toy, one_group
 from usam import checkpoint
+from usam.average import WeightAverage
 from usam.checkpoint import BackgroundSaver
 from usam.engine import Progress
 from usam.run_folder import RunFolder, run_state
@@ -224,6 +225,8 @@ def whole_state(**changes: Any) -> dict[str, Any]:
         "best": {"epoch": 1, "mean_dice": 0.5},
         "optimizer": optimizer,
         "scaler": FLOAT32.scaler(),
+        "average": WeightAverage(model, 0.0),
+        "facts": {"world_size": 1, "arguments": {"lr": 1e-3}, "data": {}},
     }
     return run_state(**how | changes)
 

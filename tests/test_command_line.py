@@ -37,7 +37,10 @@ TINY = ("--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "32", "
 TRAINED = (*TINY, "--epochs", "3", "--batch_size", "4", "--accumulation_steps", "2",
            "--prompt_mode", "3", "--warmup", "--clip_max_norm", "1", "--val_fraction", "0.34",
            "--dataset", "store")  # fmt: skip
+AGAIN = tuple(word for word in TRAINED if word not in ("--sam_weight", "none"))  # with --resume
 EPOCHS = 3
+SAVING = ("save_every", "keep", "override")
+RUN_FILES = {"best.pth", "last.pth", "log.jsonl", "manifest.json"}
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -131,8 +134,9 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     for name in ("last.pth", "best.pth"):
         states = [torch.load(run / name, weights_only=True) for run in (found, wanted)]
         for state in states:
-            for flag in ("output_dir", "resume", "sam_weight", "num_workers"):
+            for flag in ("output_dir", "resume", "sam_weight", "num_workers", *SAVING):
                 del state["args"][flag]
+            del state["manifest"]  # with the revision, which may change while tests run
         first, second = (dict(leaves(state)) for state in states)
         assert first.keys() == second.keys()
         assert [key for key in first if first[key] != second[key]] == []
@@ -154,7 +158,7 @@ def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize(
     ("epochs", "flags"),
-    [(1, ["--num_workers", "2"]), (2, [*TRAINED])],  # those left out are as they were
+    [(1, ["--num_workers", "2"]), (2, [*AGAIN])],  # those left out are as they were
     ids=["no flags, two workers", "same flags, no workers"],
 )
 def test_a_run_resumed_after_any_epoch_equals_the_uninterrupted_one(
@@ -184,7 +188,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 1 <= len((folder / "log.jsonl").read_text().splitlines()) < EPOCHS
-    result = run(capsys, *flags, "--resume", folder / "last.pth")
+    result = run(capsys, *flags, "--resume", "auto")
     assert result.code == 0, result.err
     assert_same_run(folder, trained)
 
@@ -198,8 +202,10 @@ def test_a_resumed_run_may_go_further_at_other_rates(
              "--output_dir", again, "--resume", again / "last.pth"]  # fmt: skip
     assert run(capsys, *flags).code == 0  # done already: nothing is left to do
     assert_same_run(again, trained)
-    result = run(capsys, *flags, "--epochs", "4", "--lr", "0.5")
+    result = run(capsys, *flags, "--epochs", "4", "--lr", "0.5", "--override")
     assert result.code == 0, result.err
+    assert "--override: goes on, and the result changes: --lr 0.5 (was 0.001)" in result.out
+    assert "otherwise than before: --epochs 4 (was 3)" in result.out
     line = json.loads((again / "log.jsonl").read_text().splitlines()[-1])
     # The last of two steps begins at 44 of 48 samples, 6 of them warm-up.
     assert (line["epoch"], line["lr"]) == (3, pytest.approx(0.5 * (1 - (44 - 6) / 48) ** 0.9))
@@ -331,7 +337,8 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
     assert sum("best.pth, last.pth and log.jsonl in" in line for line in said) == 1
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["samples"]) for line in lines] == [(0, 12), (1, 24)]
-    assert sorted(p.name for p in folder.iterdir()) == ["best.pth", "last.pth", "log.jsonl"]
+    names = {p.name for p in folder.iterdir()}
+    assert names - {"best.1.pth", "last.1.pth"} == RUN_FILES
 
     evaluation = ["--eval", "--resume", folder / "best.pth", "--device", "cpu", "--amp", "off",
                   *data, "--batch_size", "1", "--output_dir"]  # fmt: skip
@@ -474,7 +481,7 @@ def test_checkpoints_that_are_missing_or_something_else_are_named(
     missing, broken, other = (tmp_path / name for name in ("none.pth", "cut.pth", "other.pth"))
     broken.write_bytes(b"PK\x03\x04 cut short")
     checkpoint.save(other, {"format": 1})
-    flags = (*TRAINED, "--data_root", store, "--output_dir", tmp_path / "run")
+    flags = (*AGAIN, "--data_root", store, "--output_dir", tmp_path / "run")
     assert_refused(run(capsys, *flags, "--resume", missing), f"no checkpoint at {missing}")
     assert_refused(run(capsys, *flags, "--eval", "--resume", missing), missing)
     assert_refused(run(capsys, *flags, "--resume", broken), broken, "damaged")
@@ -497,7 +504,7 @@ def test_checkpoints_of_another_model_are_refused_with_both_numbers(
     assert_refused(result, best, "--img_size 64", "32")
     result = run(capsys, *evaluation, "--data_root", store, "--sam_model", "vit_b")
     assert_refused(result, best, "--sam_model vit_b", "vit_tiny")
-    result = run(capsys, *TRAINED, "--data_root", store, "--resume", best)
+    result = run(capsys, *AGAIN, "--data_root", store, "--resume", best)
     assert_refused(result, best, "weights only", "last.pth")
 
 
@@ -536,6 +543,7 @@ def test_published_commands_parse(command: str) -> None:
 
 def test_every_flag_is_read() -> None:
     text = Path(SCRIPT).read_text() + (ROOT / "sam_med3d.py").read_text()
+    text += (ROOT / "training.py").read_text()
     unread = [
         name
         for name in vars(flags.parse_flags(DATASETS, []))

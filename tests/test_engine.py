@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(
         model, training_loader(Slices(10), 2), optimizer,
         step=faulty({2}, fault), progress=Progress(),
         recipe=Recipe(seed=5, total_samples=1000, clip_max_norm=clip_max_norm),
-        after_step=lambda: states.append(state_of(model, optimizer)),
+        after_step=lambda sums: states.append(state_of(model, optimizer)),
     )  # fmt: skip
     assert_same(states[2], states[1])
     assert not torch.equal(
@@ -218,7 +218,7 @@ def test_float16_leaves_out_and_counts_steps_that_overflow() -> None:
     line = train(
         model, training_loader(Slices(8), 2), optimizer,
         precision=FLOAT16, scaler=scaler, progress=progress, step=faulty({1, 3}, math.inf),
-        after_step=lambda: states.append(state_of(model, optimizer)),
+        after_step=lambda sums: states.append(state_of(model, optimizer)),
     )  # fmt: skip
     assert_same(states[1], states[0])
     assert line["skipped_steps"] == 2
@@ -278,7 +278,7 @@ def test_training_goes_on_with_the_very_next_sample(
             optimizer.load_state_dict(start[2])
             loader.batch_sampler.first_step = progress.step
 
-        def keep() -> bool:
+        def keep(sums: Any) -> bool:
             states = (vars(progress), model.state_dict(), optimizer.state_dict())
             kept.setdefault(progress.step, copy.deepcopy(states))
             return False
@@ -299,7 +299,8 @@ def test_training_goes_on_with_the_very_next_sample(
 def test_after_step_ends_an_epoch_early_without_counting_it() -> None:
     model, progress = Toy(), Progress()
     loader = training_loader(Slices(10), 2)
-    train(model, loader, one_group(model), progress=progress, after_step=lambda: True)
+    line = train(model, loader, one_group(model), progress=progress, after_step=lambda sums: True)
+    assert line is None
     assert progress == Progress(epoch=0, step=1, samples=2)
 
 

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -21,27 +23,87 @@ FORMAT = 1
 FAILED_SAVES = 3  # in a row, after which training stops
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
+def save(path: Path, state: Mapping[str, Any], *, keep: int = 0) -> None:
     """Write `state` to `path` so that `path` always holds a whole checkpoint, old or new.
 
     The bytes go to a temporary file in the same folder, reach the disk, then take the name.
+    `keep` predecessors stay, see `predecessor`; what goes, goes after the new file is on the disk.
     Raises OSError naming the path; the old file and no temporary one remain in that case.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
+        if keep:
+            hold(path, old)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that has become read-only
+            temporary.unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
         raise OSError(f"could not save {path}: {error}") from error
+    try:
+        retire(path, old, keep)
+    except OSError as error:
+        print(f"warning: an older {path.name} stays where it is: {error}", flush=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def predecessor(path: Path, number: int) -> Path:
+    """What the file `path` was `number` saves ago: last.1.pth, last.2.pth, ... for last.pth."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def predecessors(path: Path) -> list[Path]:
+    """Those of `path` that are there, the newest first."""
+    names = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    known = [name for name in names if 0 < number_of(path, name) < 10**6]
+    return sorted(known, key=lambda name: number_of(path, name))
+
+
+def number_of(path: Path, file: Path) -> int:
+    """How many saves ago `file` was `path`, by its name; 0 for a name of another kind."""
+    digits = file.name[len(path.stem) + 1 : -len(path.suffix)]
+    return int(digits) if re.fullmatch(r"[1-9][0-9]{0,5}", digits) else 0
+
+
+def hold(path: Path, name: Path) -> None:
+    """Give the file at `path`, if there is one, a second name; warns where that cannot be."""
+    try:
+        name.unlink(missing_ok=True)
+        os.link(path, name)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a file system without hard links
+        print(f"warning: no predecessor of {path.name} is kept: {error}", flush=True)
+
+
+def retire(path: Path, old: Path, keep: int) -> None:
+    """Move the predecessors of `path` one on, `old` becoming the newest; delete all but `keep`.
+
+    Raises OSError where a file can be neither moved nor deleted.
+    """
+    numbered = {number_of(path, file): file for file in predecessors(path)}
+    if old.exists():
+        for number in sorted(numbered, reverse=True):
+            if number < keep:
+                os.replace(numbered[number], predecessor(path, number + 1))
+        os.replace(old, predecessor(path, 1))
+    for number, file in numbered.items():
+        if number > keep:
+            file.unlink(missing_ok=True)
 
 
 def seed_generators(seed: int) -> None:
@@ -129,10 +191,11 @@ class BackgroundSaver:
 
     A caller whose save may wait for the next occasion asks `is_due` first; `submit` waits its
     turn. A failed write is reported and tried again with the next save, unless that brings a newer
-    state for the same file; the third failure in a row raises.
+    state for the same file; the third failure in a row raises. keep: see `save`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int = 0) -> None:
+        self._keep = keep
         self._thread: threading.Thread | None = None
         self._started = self._ended = time.monotonic()
         self._unwritten: dict[str, Mapping[str, Any]] = {}
@@ -178,7 +241,7 @@ class BackgroundSaver:
         self._started = time.monotonic()
         for path, state in list(self._unwritten.items()):
             try:
-                save(Path(path), state)
+                save(Path(path), state, keep=self._keep)
                 del self._unwritten[path]
             except OSError as error:
                 self._error = error

@@ -5,9 +5,10 @@ u-sam.py starts here; the engine reduces and shards through these functions, alo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -65,6 +66,13 @@ def start(device: str, *, num_processes: int = 1, dist_url: str = "env://") -> t
         local_rank = int(os.environ.get("SLURM_LOCALID", 0))
     else:
         return select_device(device, 0)
+    if device.startswith("cuda:") and (
+        local_rank or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+    ):
+        raise ValueError(
+            f"--device {device} would put all processes of this machine on one GPU; --device cuda "
+            "gives each its own"
+        )
     chosen = select_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -149,6 +157,41 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return torch.stack(parts)
+
+
+def from_main(ask: Callable[[], int]) -> int:
+    """What `ask` gives on the main process, on all of them; the others do not ask."""
+    answer = torch.tensor(ask() if is_main() else 0)
+    if dist.is_initialized():
+        dist.broadcast(answer, src=0)
+    return int(answer)
+
+
+def check_same(text: str, what: str) -> None:
+    """Raise ValueError on every process unless all of them have the same `text`."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    numbers = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    if any(not torch.equal(other, numbers) for other in gather(numbers)):
+        raise ValueError(f"{what} are not the same on all processes; do all see the same files?")
+
+
+@torch.no_grad()
+def check_same_weights(model: nn.Module, epoch: int) -> None:
+    """Raise ValueError on every process unless all have the same weights, to the last bit."""
+    if world_size() == 1:
+        return
+    found = gather(torch.stack([fingerprint(tensor) for tensor in model.state_dict().values()]))
+    if any(not torch.equal(other, found[0]) for other in found):
+        raise ValueError(f"weights differ between processes after epoch {epoch}: this is a defect")
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A number (int64 scalar, on the tensor's device) that tells apart tensors of other bits."""
+    bits = tensor.contiguous().view(-1).view(torch.uint8)
+    if tensor.element_size() % 4 == 0:
+        bits = bits.view(torch.int32)
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: each bit counts
+    return (bits * places).sum()
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from usam.flag_values import (
 from usam.model3d import SAM_MED3D_MODELS
 from usam.prompts import MIXED, PROMPT_MODES
 from usam.recipes import RECIPES
+from usam.resume import AUTO
 from usam.sam_vit import SAM_MODELS
 
 # What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
@@ -74,6 +75,7 @@ ONLY_FOR = {  # flags without a default that one model has
 DATASETS_3D = ("volumes", "phantom3d")
 BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
 DESCRIBED = ("sam_model", "img_size", "input", "prompt_mode", "rel_pos")  # as a checkpoint's is
+NOT_DECISIVE = ("epochs", "patience", "batch_size", "recipe", "clicks")  # for a resumed training
 SINCE = {"input": "2d"}  # what is described thus in checkpoints older than the flag
 
 
@@ -89,7 +91,10 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
 
     datasets: the names --dataset may take. Exits with one line and code 2 on a bad flag.
     """
-    parser = Parser(description="Tune SAM to segment CT slices.")
+    parser = Parser(
+        description="Tune SAM to segment CT slices.",
+        epilog="Exit codes: 0 done; 2 bad input; 75 stopped by SIGTERM or SIGUSR1, all saved.",
+    )
     data = parser.add_argument_group("data").add_argument
     data("--dataset", choices=sorted(datasets), help="what to work on (rectum; phantom3d)")
     data("--data_root", nargs="+", type=Path, metavar="PATH",
@@ -140,7 +145,13 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     run("--clicks", choices=("random", "largest"),
         help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
     run("--eval", action="store_true", help="evaluate --resume on the test cases")
-    run("--resume", type=Path, metavar="PATH", help="checkpoint to go on from or to evaluate")
+    run("--resume", type=Path, metavar="PATH|auto",
+        help="checkpoint to go on from or evaluate; auto: the newest one, if any")  # fmt: skip
+    run("--override", action="store_true",
+        help="go on from --resume although flags or data changed")  # fmt: skip
+    run("--save_every", type=positive, metavar="STEPS", help="save within epochs, too")
+    run("--keep", type=count, default=1, metavar="N",
+        help="predecessors of best.pth and last.pth that stay (1)")  # fmt: skip
     run("--start_epoch", type=count, help="first epoch, instead of the checkpoint's")
     run("--output_dir", type=Path, default=Path("chkpt"), help="for all that is written (chkpt)")
     run("--device", default="auto", metavar="auto|cuda|mps|cpu", help="where to compute (auto)")
@@ -160,8 +171,20 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
     if args.eval and not args.resume and args.model != "sam-med3d":
         parser.error("--eval needs --resume, the checkpoint to evaluate")
+    check_resume(parser, args)
     check_prediction_flags(parser, args)
     return args
+
+
+def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with one line where --resume does not fit what stands beside it."""
+    if args.resume == AUTO:
+        if args.eval or args.predict:
+            parser.error("--resume auto goes on training; name a checkpoint here, as best.pth")
+        return  # --sam_weight and --init are for the start, where there is nothing to go on from
+    for name in ("sam_weight", "init"):
+        if args.resume and getattr(args, name) is not None:
+            parser.error(f"--{name} is for a fresh start and --resume is none; give one of them")
 
 
 def add_recipe_flags(flag: Callable[..., Any]) -> None:

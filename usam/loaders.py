@@ -11,13 +11,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from usam.distributed import EvaluationShard
+from usam.preemption import sit_out_signals
 
 
 def loader_for(data: Dataset, num_workers: int, **how: Any) -> DataLoader:
     """A loader over `data`; `how` names the sampler or batch sampler."""
     return DataLoader(
         data, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0, generator=torch.Generator(), **how,
+        persistent_workers=num_workers > 0, generator=torch.Generator(),
+        worker_init_fn=sit_out_signals, **how,
     )  # fmt: skip
 
 

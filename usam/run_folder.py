@@ -7,38 +7,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from usam import checkpoint
+from usam import checkpoint, manifest
 from usam.average import WeightAverage, averaged
-from usam.checkpoint import BackgroundSaver
+from usam.checkpoint import BackgroundSaver, predecessors
 from usam.distributed import is_main
 from usam.engine import Progress
 
-RUN_FILES = ("best.pth", "last.pth", "log.jsonl", "metrics.json", "overlays")
-ONLY_TO_GO_ON = ("optimizer", "scaler", "rng")  # left out of best.pth
+RUN_FILES = ("best.pth", "last.pth", "log.jsonl", "manifest.json", "metrics.json", "overlays")
+ONLY_TO_GO_ON = ("optimizer", "scaler", "rng", "in_epoch", "unvalidated")  # left out of best.pth
 
 
 class RunFolder:
-    """best.pth, last.pth and log.jsonl of one run, under `path`; only the main process writes.
+    """best.pth, last.pth, log.jsonl and manifest.json of a run; only the main process writes.
 
     A fresh run moves an earlier one's files to previous-N; a run resumed from a checkpoint of
     this folder keeps them and cuts the log back to the epochs before `first_epoch`.
+    keep: predecessors of best.pth and last.pth that stay.
     """
 
-    def __init__(self, path: Path, resumed_from: Path | None, first_epoch: int) -> None:
+    def __init__(
+        self, path: Path, resumed_from: Path | None, first_epoch: int, *, keep: int = 0
+    ) -> None:
         self.path, self.log_file = path, path / "log.jsonl"
-        self._saver = BackgroundSaver()
+        self._saver = BackgroundSaver(keep)
+        self._goes_on = resumed_from is not None and resumed_from.resolve().parent == path.resolve()
         if not is_main():
             return
         path.mkdir(parents=True, exist_ok=True)
         for unfinished in path.glob(".*.pth.*.tmp"):  # of a run killed while it was saving
             unfinished.unlink()
-        if resumed_from is None or resumed_from.resolve().parent != path.resolve():
+        if not self._goes_on:
             self._move_aside()
         elif self.log_file.exists():
             lines = self.log_file.read_text().splitlines()
@@ -49,6 +54,7 @@ class RunFolder:
 
     def _move_aside(self) -> None:
         files = [self.path / name for name in RUN_FILES if (self.path / name).exists()]
+        files += predecessors(self.path / "best.pth") + predecessors(self.path / "last.pth")
         if not files:
             return
         number = 1
@@ -59,6 +65,13 @@ class RunFolder:
         for file in files:
             file.rename(target / file.name)
         print(f"moved an earlier run's files to {target}")
+
+    def describe(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """Write manifest.json: what the run is made from, and where and when it was started."""
+        if is_main():
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            path = self.path / "manifest.json"
+            manifest.write(path, facts, {"time": now, **start}, goes_on=self._goes_on)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one epoch's figures to log.jsonl; strict JSON, so NaN raises ValueError."""
@@ -97,26 +110,32 @@ def run_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     average: WeightAverage,
+    facts: Mapping[str, Any],
+    begun: Mapping[str, Any] | None = None,
+    line: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All a checkpoint holds: enough to go on exactly, and to predict without the flags.
 
     flags: by name, kept as plain types. data: what a model must know of its data (classes,
     img_size, window, orientation, spacing, prompt_mode). best: epoch and score of the best so far.
-    average: kept where there is one; best.pth holds it in place of the last weights.
+    average: kept where there is one; best.pth holds it in place of the last weights. facts: of
+    usam.manifest. begun: sums of an epoch that is not done; line: figures of one still to validate.
     """
-    plain = (int, float, str, bool, type(None))
     state = {
         "format": checkpoint.FORMAT,
         "model": model.state_dict(),
-        "args": {name: v if isinstance(v, plain) else str(v) for name, v in flags.items()},
+        "args": manifest.plain(flags),
         "data": dict(data),
         "progress": vars(progress).copy(),
         "best": dict(best),
+        "manifest": {key: v for key, v in facts.items() if key not in ("arguments", "data")},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "rng": checkpoint.random_state(),
     }
-    return state | {"average": average.state_dict()} if average.weights else state
+    state |= {"average": average.state_dict()} if average.weights else {}
+    state |= {"in_epoch": dict(begun)} if begun else {}
+    return state | ({"unvalidated": dict(line)} if line else {})
 
 
 def _epoch_of(line: str) -> int:

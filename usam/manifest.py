@@ -1,0 +1,132 @@
+"""What a run was made from: written beside its checkpoints, compared when it is taken up again.
+
+training.py writes `manifest.json` at every start and asks `differences` before it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = 1
+PLAIN = (int, float, str, bool, type(None))
+PROJECT = Path(__file__).resolve().parent.parent
+NOT_TRAINED_ON = ("colors", "dataset", "prompt_mode")  # of "data"; the latter two are flags
+ONLY_SAID = ("epochs", "patience", "batch_size", "num_workers", "device", "amp", "compile")
+AROUND = {"world_size": "processes", "precision": "precision", "revision": "revision"}
+STEP = "samples a step (--batch_size x processes)"
+
+
+def facts_of(
+    flags: Mapping[str, Any], data: Mapping[str, Any], *, world_size: int, precision: str
+) -> dict[str, Any]:
+    """What a run is made from, as plain values.
+
+    flags: by name. data: the checkpoint's "data", with the digest of what is trained on.
+    """
+    return {
+        "arguments": plain(flags),
+        "data": dict(data),
+        "seed": flags["seed"],
+        "world_size": world_size,
+        "samples_per_step": flags["batch_size"] * world_size,
+        "precision": precision,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+        "revision": revision(),
+    }
+
+
+def plain(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags by name, those that are not numbers, text or None as text."""
+    return {name: v if isinstance(v, PLAIN) else str(v) for name, v in flags.items()}
+
+
+def revision() -> str | None:
+    """This project's git commit, with `-dirty` where files were changed; None without git."""
+    if not (PROJECT / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], decisive: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """What differs between two runs' facts: what changes the result, and what need only be said.
+
+    decisive: the flags whose value changes the result. What one of the two does not hold, as with
+    checkpoints older than the manifest, is not compared.
+    """
+    flags = {"--" + name: value for name, value in saved["arguments"].items()}
+    flags_now = {"--" + name: value for name, value in now["arguments"].items()}
+    data = {f"the data's {name}": value for name, value in saved["data"].items()}
+    data_now = {
+        f"the data's {name}": value
+        for name, value in now["data"].items()
+        if name not in NOT_TRAINED_ON
+    }
+    result = [
+        *changes({name: v for name, v in flags.items() if name[2:] in decisive}, flags_now),
+        *changes(renamed(saved, {"samples_per_step": STEP}), {STEP: now["samples_per_step"]}),
+        *changes(data, data_now),
+    ]
+    around, around_now = (
+        renamed(facts, AROUND) | facts.get("versions", {}) for facts in (saved, now)
+    )
+    said = {name: v for name, v in flags.items() if name[2:] in ONLY_SAID}
+    return result, [*changes(said, flags_now), *changes(around, around_now)]
+
+
+def renamed(facts: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Those of `facts` that have a name in `names`, under that name."""
+    return {names[key]: value for key, value in facts.items() if key in names}
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In words what `new` holds otherwise than `old`, where both hold it."""
+    texts = {name: (json.dumps(old[name]), json.dumps(new[name])) for name in old if name in new}
+    return [
+        f"{name} {short(after)} (was {short(before)})"
+        for name, (before, after) in texts.items()
+        if before != after
+    ]
+
+
+def short(text: str) -> str:
+    """A value's first characters: enough to tell digests apart."""
+    return text.strip('"') if len(text) <= 40 else text.strip('"')[:12] + "..."
+
+
+def write(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any], *, goes_on: bool) -> None:
+    """Write a run's `facts` to `path`, and to its list of starts where this one began.
+
+    With `goes_on` the starts before stay; a file that cannot be read counts as none.
+    """
+    starts = []
+    if goes_on:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            starts = list(json.loads(path.read_text())["starts"])
+    whole = {"format": FORMAT, **facts, "starts": [*starts, start]}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(whole, file, indent=2, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
