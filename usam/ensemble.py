@@ -1,0 +1,120 @@
+"""Many answers averaged into one: of several models, and of an image turned and flipped.
+
+u-sam.py puts it in a model's place for --resume A B C and --tta; engine and predict see no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+View = tuple[int, bool]  # quarter turns after a mirroring of left and right, if any
+VIEWS: dict[str, tuple[View, ...]] = {
+    "none": ((0, False),),
+    "flip": ((0, False), (0, True), (2, True), (2, False)),  # as is, x, y, x and y
+    "flip+rot": tuple((turns, mirrored) for turns in range(4) for mirrored in (False, True)),
+}
+# What members must share: of a checkpoint's "data", and what it is where the key is missing.
+SHARED = {
+    "classes": None, "img_size": None, "input": "2d", "window": None, "orientation": None,
+    "spacing": None, "clahe": False, "crop": 0.0, "body_crop": False,
+}  # fmt: skip
+
+
+class Averaged(nn.Module):
+    """A model that answers with the mean of the class probabilities of several, over all views.
+
+    members: (model, whether it wants points as (row, column)); all see images of one size. tta: a
+    key of VIEWS. Gives log probabilities (N, C, H, W) in place of logits, float32. Prompts are
+    turned and flipped with the image. Models run one after the other, and so do views.
+    """
+
+    def __init__(self, members: Sequence[tuple[nn.Module, bool]], tta: str = "none") -> None:
+        super().__init__()
+        self.models = nn.ModuleList(model for model, _ in members)
+        self.row_col = [row_col for _, row_col in members]
+        self.views = VIEWS[tta]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of every member, background included."""
+        return self.models[0].num_classes
+
+    def forward(
+        self,
+        image: Tensor,
+        points: tuple[Tensor, Tensor] | None = None,
+        boxes: Tensor | None = None,
+    ) -> Tensor:
+        """Log probabilities; arguments as those of a single model, points as (x, y)."""
+        total: Tensor | float = 0.0
+        for view in self.views:
+            given = turned_prompts(points, boxes, view, image.shape[-1])
+            seen = turned(image, view)
+            for model, row_col in zip(self.models, self.row_col, strict=True):
+                prompts = dict(given)
+                if row_col and points is not None:
+                    coords, labels = given["points"]
+                    prompts["points"] = (coords.flip(-1), labels)
+                probability = model(seen, **prompts).float().softmax(dim=1)
+                total = total + turned_back(probability, view)
+        mean = total / (len(self.views) * len(self.models))
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+
+
+def turned(image: Tensor, view: View) -> Tensor:
+    """The view of images (N, C, S, S)."""
+    turns, mirrored = view
+    return torch.rot90(image.flip(-1) if mirrored else image, turns, (-2, -1))
+
+
+def turned_back(image: Tensor, view: View) -> Tensor:
+    """What `turned` was given, from its view."""
+    turns, mirrored = view
+    upright = torch.rot90(image, -turns, (-2, -1))
+    return upright.flip(-1) if mirrored else upright
+
+
+def turned_prompts(
+    points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, view: View, side: int
+) -> dict[str, Any]:
+    """Points ((N, P, 2) pixels (x, y), labels) and boxes (N, 4) where the view shows them.
+
+    Pixel 0 becomes pixel side - 1; a box keeps its corners in order.
+    """
+    if points is not None:
+        points = (_turned_coords(points[0], view, side), points[1])
+    if boxes is not None:
+        corners = _turned_coords(boxes.view(-1, 2, 2), view, side)
+        boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1).clamp(0, side)
+    return {"points": points, "boxes": boxes}
+
+
+def _turned_coords(coords: Tensor, view: View, side: int) -> Tensor:
+    x, y = coords.unbind(dim=-1)
+    turns, mirrored = view
+    if mirrored:
+        x = side - 1 - x
+    for _ in range(turns):
+        x, y = y, side - 1 - x
+    return torch.stack([x, y], dim=-1)
+
+
+def check_members(members: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Raises ValueError unless checkpoints (path, "data") can be averaged: one size, one kind.
+
+    The encoder's size and how each was trained may differ.
+    """
+    (first, wanted), *others = members
+    for path, data in others:
+        for name, default in SHARED.items():
+            ours, theirs = wanted.get(name, default), data.get(name, default)
+            if ours != theirs:
+                raise ValueError(
+                    f"--resume: {path} has {name} {theirs}, {first} has {ours}; "
+                    "only models of the same classes, size and input can be averaged"
+                )
