@@ -22,7 +22,7 @@ from dataset.checks import (
     unknown_files,
     without_folder,
 )
-from dataset.slices import SliceStore
+from dataset.slices import MAX_INDEX_BYTES, SliceStore
 
 PARTIAL = ("care", "phantom")  # sources that hold cases without foreground on purpose
 
@@ -87,10 +87,12 @@ def _check_splits(store: SliceStore) -> Iterator[Finding]:
     if not path.is_file():
         return
     try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"larger than {MAX_INDEX_BYTES >> 20} MiB")
         table = json.loads(path.read_bytes())
-        whole = {split: set(table[split]) for split in ("train", "val", "test")}
-        folds = [(set(fold["train"]), set(fold["val"])) for fold in table.get("folds", [])]
-    except (ValueError, KeyError, TypeError) as error:
+        whole = {split: _ids(table[split]) for split in ("train", "val", "test")}
+        folds = [(_ids(fold["train"]), _ids(fold["val"])) for fold in table.get("folds", [])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield Finding("wrong", path.name, f"not a table of splits ({error!r:.80})")
         return
     for split, ids in whole.items():
@@ -102,3 +104,10 @@ def _check_splits(store: SliceStore) -> Iterator[Finding]:
     for number, (train, val) in enumerate(folds):
         if train & val or train | val != whole["train"]:
             yield Finding("wrong", path.name, f"fold {number} does not divide the training cases")
+
+
+def _ids(value: object) -> set[str]:
+    """The case ids of a list of texts; raises TypeError for anything else."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise TypeError(f"a list of case ids wanted, found {value!r:.40}")
+    return set(value)

@@ -158,7 +158,7 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             image, label = (_read_array(archive, key) for key in ("image", "label"))
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{path}: not a readable npz ({error})") from None
+        raise ValueError(f"{path}: not a readable npz ({error!s:.200})") from None
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from None
     if image.shape != label.shape:

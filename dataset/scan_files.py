@@ -34,6 +34,7 @@ from dataset.slices import HEADER_BYTES, npy_header
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".npz")
 SLAB_BYTES = 2**25
+NUMPYS_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 # nibabel reports repaired header fields on stderr; what matters is checked here, in one line.
@@ -168,7 +169,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _line(error: Exception) -> str:
     """First line of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 # The CARE release's slices
@@ -177,13 +178,16 @@ def _line(error: Exception) -> str:
 def _npz_header(path: Path) -> ScanHeader:
     """Header of the member `image`, (X, Y): one slice, stored transposed, as (X, Y, 1)."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("image.npy") as stream:
-            shape, _, dtype, _ = npy_header(stream.read(HEADER_BYTES))
+        with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("image.npy").compress_type not in NUMPYS_COMPRESSIONS:
+                raise ValueError("image is compressed in a way numpy never writes")
+            with archive.open("image.npy") as stream:
+                shape, _, dtype, _ = npy_header(stream.read(HEADER_BYTES))
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, *_ZIP_ERRORS) as error:
         raise ValueError(f"{path}: not a CARE slice ({_line(error)})") from error
     if len(shape) != 2 or dtype.kind not in "iufb":
         raise ValueError(
-            f"{path}: image is {size_text(shape)} {dtype}; wanted a 2D array of numbers"
+            f"{path}: image is {size_text(shape):.80} {dtype!s:.40}; wanted a 2D array of numbers"
         )
     header = ScanHeader(path, "npz", (*shape, 1), 1, dtype.name, None)
     claimed = math.prod(shape) * dtype.itemsize

@@ -44,7 +44,7 @@ def npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         else:
             raise ValueError(f"npy version {version}, not 1.0 or 2.0")
     except Exception as error:  # hostile headers make numpy raise nearly anything
-        raise ValueError(f"not an npy array: {error}") from None
+        raise ValueError(f"not an npy array: {error!s:.200}") from None
     return shape, fortran, dtype, stream.tell()
 
 
@@ -142,7 +142,7 @@ def check_index(index: object, where: str) -> None:
         if str(found).startswith("volumes-"):
             raise ValueError(f"{where}: a store of volumes; train on it with --model sam-med3d")
         raise ValueError(
-            f"{where}: slice store format {FORMAT} wanted, found {found!r}; prepare it again"
+            f"{where}: slice store format {FORMAT} wanted, found {found!r:.40}; prepare it again"
         )
     classes = check_classes(index.get("classes"), where)
     if not isinstance(index.get("cases"), list):
@@ -309,7 +309,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.nd
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if found != shape or fortran or stored != np.dtype(dtype):
-        raise ValueError(f"{path}: {dtype} {shape} wanted, found {stored} {found}")
+        raise ValueError(f"{path}: {dtype} {shape} wanted, found {stored!s:.40} {found!s:.80}")
     size = offset + math.prod(shape) * stored.itemsize
     if path.stat().st_size != size:
         raise ValueError(f"{path}: {size} bytes wanted, found {path.stat().st_size}")

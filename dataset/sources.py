@@ -137,6 +137,8 @@ def find_nnunet(root: Path, channel: int | None = None) -> Source:
         names = table.get("channel_names", table.get("modality", {"0": "CT"}))
         channels = [str(names[str(number)]) for number in range(len(names))]
         labels = dict(table["labels"])
+        if not channels:
+            raise ValueError("it names no channel")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not an nnU-Net dataset.json ({error!r:.80})") from None
     if len(channels) > 1 and channel is None:
@@ -167,7 +169,7 @@ def _nnunet_names(path: Path, labels: dict[str, Any]) -> list[str]:
     else:
         try:
             names = {int(value): key for key, value in labels.items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{path}: labels must be ids: {labels!r:.120}") from None
     if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= 256:
         raise ValueError(f"{path}: label ids must be 0, 1, 2, ..., found {sorted(names)!r:.80}")

@@ -107,7 +107,7 @@ def check_volume_index(index: object, where: str) -> None:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise ValueError(
-            f"{where}: a store of volumes ({FORMAT}) wanted, found {found!r}; make one with"
+            f"{where}: a store of volumes ({FORMAT}) wanted, found {found!r:.40}; make one with"
             " python -m dataset.prepare volumes"
         )
     classes = check_classes(index.get("classes"), where)

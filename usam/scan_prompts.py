@@ -176,7 +176,7 @@ def _box(number: Any, values: Any) -> tuple[int | None, float, float, float, flo
     if x1 > x2 or y1 > y2:
         raise ValueError(f"box {x1:g} {y1:g} {x2:g} {y2:g}: wanted x1 <= x2 and y1 <= y2")
     if number is not None and not (isinstance(number, int) and number >= 0):
-        raise ValueError(f"a slice is an index of 0 or more, found {number!r}")
+        raise ValueError(f"a slice is an index of 0 or more, found {number!r:.80}")
     return number, x1, y1, x2, y2
 
 

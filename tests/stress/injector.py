@@ -21,7 +21,7 @@ RENAMES = ("replace", "rename", "link", "unlink", "remove")
 class Operation(NamedTuple):
     """Something done to the disk: open, write, fsync or one of RENAMES.
 
-    path: the file or folder; other: the new name of a renamed or linked one; data: what was written.
+    path: the file or folder; other: a renamed or linked one's new name; data: what was written.
     """
 
     name: str

@@ -167,7 +167,7 @@ def run_kills(number: int, seed: int = 0) -> Row:
 
 
 def left_behind(folder: Path, current: int) -> list[str]:
-    """Faults of the folder after all kills: the next run's save must leave its files and no other."""
+    """Faults of the folder after all kills: the next run's save leaves its files and no other."""
     save_as_a_run(folder, current + 1, lambda _: None)
     others = {path.name for path in folder.iterdir()} - {"last.pth", "best.pth"}
     return [f"left behind: {', '.join(sorted(others))}"] if others else []
@@ -182,10 +182,11 @@ def run_power_cuts(saves: int = 3) -> Row:
             save(folder, 0, lambda _: None)
             before = {path.name: path.read_bytes() for path in folder.iterdir()}
             watcher = Injector(only=lambda path: path.startswith(scratch))
-            ends = [0]
+            ends = [0]  # operations done when each save had returned
             with watcher.watching():
                 for number in range(1, saves + 1):
-                    save(folder, number, lambda _: ends.append(len(watcher.seen)))
+                    save(folder, number, lambda _: None)
+                    ends.append(len(watcher.seen))
             for cut in range(len(watcher.seen) + 1):
                 finished = sum(end <= cut for end in ends) - 1
                 for content in disks(before, watcher.seen[:cut], folder):
