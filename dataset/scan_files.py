@@ -104,15 +104,41 @@ def read_file(path: str | Path, channel: int | None = None) -> Scan:
 # NIfTI
 
 
+class _NoExtensions(nib.nifti1.Nifti1Extensions):
+    """Extensions left unread: they claim any size, and may hold a patient's name."""
+
+    @classmethod
+    def from_fileobj(cls, fileobj: Any, size: int, byteswap: bool) -> _NoExtensions:
+        return cls()
+
+
+class _Header1(nib.Nifti1Header):
+    exts_klass = _NoExtensions
+
+
+class _Header2(nib.Nifti2Header):
+    exts_klass = _NoExtensions
+
+
+class _Nifti1(nib.Nifti1Image):
+    header_class = _Header1
+
+
+class _Nifti2(nib.Nifti2Image):
+    header_class = _Header2
+
+
 def _nifti_header(path: Path) -> tuple[ScanHeader, Any]:
     """Header and nibabel's lazy array proxy (offset, dtype, slope, inter)."""
     try:
-        image = nib.load(path)
+        with _opened(path) as stream:
+            is_nifti2 = 540 in (
+                int.from_bytes(stream.read(4), order) for order in ("little", "big")
+            )
+        image = (_Nifti2 if is_nifti2 else _Nifti1).from_filename(path)
         proxy, affine = image.dataobj, np.array(image.affine, dtype=np.float64)
         coded = int(image.header["sform_code"]) > 0 or int(image.header["qform_code"]) > 0
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({_line(error)})") from error
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, OverflowError) as error:
+    except Exception as error:  # nibabel raises a type of its own for every kind of damage
         raise ValueError(f"{path}: not a readable NIfTI file ({_line(error)})") from error
     if proxy.dtype.kind not in "iuf":
         raise ValueError(f"{path}: voxels are {proxy.dtype}; wanted plain numbers")

@@ -55,7 +55,7 @@ def check_name(name: object, where: str) -> str:
     """
     plain = isinstance(name, str) and 0 < len(name) <= 200 and not name.startswith(".")
     if not plain or any(c in name for c in "/\\:\0"):
-        raise ValueError(f"{where}: {name!r} is not a plain file name (no folders, no '..')")
+        raise ValueError(f"{where}: {name!r:.80} is not a plain file name (no folders, no '..')")
     return name
 
 
@@ -280,7 +280,7 @@ class SliceStore:
     def _open(self, case_number: int) -> tuple[np.ndarray, np.ndarray]:
         if case_number in self._maps:
             self._maps.move_to_end(case_number)
-            return self._maps[case_number]
+            return still_whole(self._maps[case_number])
         case = self.cases[case_number]
         stem, shape = self.folder / "cases" / case["file"], tuple(case["shape"])
         arrays = tuple(map_array(Path(f"{stem}.{name}.npy"), shape) for name in ("image", "mask"))
@@ -315,3 +315,15 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.nd
         raise ValueError(f"{path}: {size} bytes wanted, found {path.stat().st_size}")
     # As a plain array over the same map: a memmap runs Python code at every view taken of it.
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+def still_whole(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """Arrays of `map_array`, as they are; raises ValueError where a file was cut since then.
+
+    Reading from a map beyond the end of its file would end the process without a word (SIGBUS).
+    """
+    for array in arrays:
+        stored = array.base
+        if os.stat(stored.filename).st_size < stored.offset + array.nbytes:
+            raise ValueError(f"{stored.filename}: became shorter while it was in use")
+    return arrays

@@ -6,6 +6,7 @@ goes into any of them.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -39,7 +40,7 @@ def nifti_header(source: Path, affine: np.ndarray | None) -> nib.Nifti1Header:
     affine (4, 4), voxel index -> RAS mm, written as sform and qform; None is the identity.
     """
     if source.is_file() and source.name.lower().endswith((".nii", ".nii.gz")):
-        stored = nib.load(source).header
+        stored = stored_header(source)
         is_nifti2 = isinstance(stored, nib.Nifti2Header)  # whose affine is float64
         header = nib.Nifti2Header() if is_nifti2 else nib.Nifti1Header()
         for field in GEOMETRY:
@@ -51,6 +52,16 @@ def nifti_header(source: Path, affine: np.ndarray | None) -> nib.Nifti1Header:
         header.set_qform(np.eye(4) if affine is None else affine, code="scanner")
     header.set_xyzt_units("mm")
     return header
+
+
+def stored_header(source: Path) -> nib.Nifti1Header:
+    """The header of a NIfTI file without its extensions, which may claim any length."""
+    opener = gzip.open if source.name.lower().endswith(".gz") else open
+    with opener(source, "rb") as stream:
+        block = stream.read(540)
+    is_nifti2 = 540 in (int.from_bytes(block[:4], order) for order in ("little", "big"))
+    kind = nib.Nifti2Header if is_nifti2 else nib.Nifti1Header
+    return kind(block[: kind.sizeof_hdr], check=False)
 
 
 def write_label_map(path: Path, label: np.ndarray, header: nib.Nifti1Header) -> None:

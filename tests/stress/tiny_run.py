@@ -1,0 +1,139 @@
+"""u-sam.py on a tiny network and data, in forked processes: a warm start where a launch is slow.
+
+The parts that stop and kill training runs use it; the parent has imported all of it once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import usam.model
+from dataset.slices import write_case, write_index
+from tests.stress.counts import free_port
+from tests.stress.injector import in_a_child
+from tests.toy import Toy
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "u-sam.py"
+SIDE = 16
+FLAGS = (
+    *("--dataset", "store", "--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "16"),
+    *("--device", "cpu", "--amp", "off", "--warmup", "--clip_max_norm", "1", "--prompt_mode", "3"),
+)
+
+
+def make_store(folder: Path, *, train: int, test: int = 1, num_slices: int = 4) -> Path:
+    """A store of cases of some slices with one block of each of two classes, drawn at random."""
+    cases, draw = [], np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for number in range(count):
+            image = draw.integers(0, 80, (num_slices, SIDE, SIDE)).astype(np.uint8)
+            mask = np.zeros_like(image)
+            for label in (1, 2):
+                x, y = draw.integers(0, SIDE - 6, 2)
+                mask[:, y : y + 6, x : x + 6] = label
+            name = f"{split}{number}"
+            entry = {"id": name, "split": split, "file": name}
+            entry["slices"] = [f"{name}_slice{k}" for k in range(num_slices)]
+            cases.append(write_case(folder, entry, image + 60 * mask, mask))
+    rows = zip(("background", "organ", "tumour"), ("#000000", "#00ff00", "#ff0000"), strict=True)
+    write_index(folder, {
+        "dataset": "folder", "window": [-160, 240], "orientation": "LPS", "clahe": True,
+        "source": "0", "cases": cases,
+        "classes": [{"id": i, "name": n, "color": c} for i, (n, c) in enumerate(rows)],
+    })  # fmt: skip
+    return folder
+
+
+class TinyNet(Toy):
+    """A network of some hundred weights in U-SAM's place; all else is u-sam.py's own."""
+
+    def parameter_groups(self, lr: float, lr_vit: float, lr_backbone: float) -> list[dict]:
+        """Two groups, so that rates differ."""
+        first, *rest = self.parameters()
+        return [{"params": rest, "lr": lr}, {"params": [first], "lr": lr_vit}]
+
+    def forward(self, image: Tensor, *args: Any, **prompts: Any) -> Tensor:
+        """Logits of an image of one channel, or of the first of three."""
+        return super().forward(image[:, :1], *args, **prompts)
+
+    def parts(self) -> dict[str, list]:
+        """All parameters by part."""
+        return {"network": list(self.parameters())}
+
+
+def use_tiny_net() -> None:
+    """Let this process build TinyNet wherever it would build U-SAM."""
+
+    def build(sam_model: str, num_classes: int = 3, *_: Any, **__: Any) -> TinyNet:
+        return TinyNet(num_classes)
+
+    usam.model.build_usam = build
+
+
+def warm_up() -> None:
+    """Import what u-sam.py imports, so that forked children need not."""
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(str(SCRIPT), run_name="warm")
+
+
+def as_main(flags: Sequence[str | Path], inject: Callable[[], None] = lambda: None) -> None:
+    """Be `python u-sam.py flags` in this process, after `inject`; ends by SystemExit or returns."""
+    random.seed(os.getpid())  # a fresh process starts from other random numbers each time
+    np.random.seed(os.getpid())
+    sys.argv = [str(SCRIPT), *map(str, flags)]
+    sys.path.insert(0, str(ROOT))
+    use_tiny_net()
+    inject()
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def start(
+    flags: Sequence[str | Path],
+    log: Path,
+    *,
+    world: int = 1,
+    inject: Callable[[int], None] = lambda rank: None,
+) -> list[int]:
+    """The numbers of `world` forked processes that run u-sam.py together; output goes to `log`.
+
+    Each leads a process group of its own, so that its loader's workers can be found. inject is
+    called in each with its rank, before u-sam.py begins.
+    """
+    port = free_port()
+
+    def process(rank: int) -> None:
+        os.setpgid(0, 0)
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            as_main(flags, lambda: inject(rank))
+        finally:  # as a Python process does when it ends, which a forked one skips
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+
+    return [in_a_child(lambda rank=rank: process(rank), log=log) for rank in range(world)]
+
+
+def alive_in_session(session: int) -> list[int]:
+    """Processes of a session that still run; zombies do not."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError, IndexError):
+            number = int(entry.name)
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(number)
+    return found
