@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dataset import rectum, slices
+from dataset import anatomy, rectum, slices
 from dataset.packing import Job, Options, pack_case
 from dataset.parallel import default_workers
 from dataset.scans import WINDOWS, Window, parse_window
@@ -29,10 +29,12 @@ EXAMPLES = """examples:
   python -m dataset.prepare nnunet --input nnUNet_raw/Dataset004_Hippocampus --output data/H --window percentile
   python -m dataset.prepare folder --input scans --labels masks --output data/liver --classes liver tumour
   python -m dataset.prepare volumes --input nnUNet_raw/Dataset017_BTCV --output data/BTCV
+  python -m dataset.prepare anatomy --input WORD-V0.1.0/labelsTs --output data/anatomy
 """  # noqa: E501
 COMMON_FLAGS = {"source", "input", "output", "seed", "workers"}
 FLAGS_OF = {  # of a source, besides; folder has all but --min_volume
     "care": {"folds"},
+    "anatomy": {"classes", "test_fraction"},
     "volumes": {
         *("channel", "labels", "classes", "test_fraction", "ignore_label_affine", "min_volume"),
     },
@@ -49,8 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        choices=(*LAYOUTS, "volumes"),
-        help="layout of --input; volumes (for --model sam-med3d) finds it out",
+        choices=(*LAYOUTS, "volumes", "anatomy"),
+        help="layout of --input; volumes (for --model sam-med3d) finds it out; anatomy: label maps"
+        " alone, scans drawn to fit them as a stand-in",
     )
     parser.add_argument(
         "--input",
@@ -75,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--labels", type=Path, help="folder, volumes: the labels, --input being the images"
     )
     parser.add_argument(
-        "--classes", nargs="+", help="folder, volumes: names of the labels 1, 2, ..."
+        "--classes", nargs="+", help="folder, volumes, anatomy: names of the labels 1, 2, ..."
     )
     parser.add_argument("--folds", type=int, help="write cross-validation folds to splits.json")
     parser.add_argument(
@@ -167,6 +170,16 @@ def _summary_from_flags(args: argparse.Namespace) -> list[str]:
     if len(args.input) > 1:
         raise ValueError(f"{args.source}: one folder in --input wanted, found {len(args.input)}")
     args.input = args.input[0]
+    if args.source == "anatomy":
+        index = anatomy.build(
+            args.input,
+            args.output,
+            names=args.classes,
+            test_fraction=args.test_fraction,
+            seed=args.seed,
+            workers=args.workers,
+        )
+        return summary_lines(index)
     if args.source == "care":
         index = prepare_care(args.input, args.output)
         table = split_table(_places(index), folds=args.folds, seed=args.seed)
