@@ -34,6 +34,8 @@ from sam_med3d import Train, run_volumes
 from training import train
 from usam import checkpoint, distributed, engine, report, resume, weights
 from usam.average import averaged
+from usam.case_evaluation import evaluate_cases
+from usam.case_report import CaseReport, write_report
 from usam.distributed import say
 from usam.engine import Precision
 from usam.flags import parse_flags, settle
@@ -46,6 +48,7 @@ from usam.prompts import MIXED
 from usam.recipes import chosen_loss, jitter_pixels
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
 
+from usam.scan_output import class_colors
 BAD_INPUT = 2  # exit code
 NUM_OVERLAYS = 8
 
@@ -169,15 +172,17 @@ def evaluate(
     data: SliceDataset,
     points_are_row_col: bool,
 ) -> None:
-    """Print and save the test scores of `--resume`, with overlays of some slices."""
+    """Print and save the test scores of `--resume`, pooled and by case, with overlays."""
     how = {
         "prompt_mode": args.prompt_mode, "precision": precision,
         "points_are_row_col": points_are_row_col,
     }  # fmt: skip
     if points_are_row_col and args.prompt_mode > 1:
         say(f"{args.resume} is a published checkpoint: its points are given as (row, column)")
-    share = evaluation_loader(data, num_workers=args.num_workers, batch_size=args.batch_size)
-    counts = engine.evaluate(model, share, **how)
+    counts, cases = evaluate_cases(
+        model, data, spacing=args.spacing and tuple(args.spacing), batch_size=args.batch_size,
+        num_workers=args.num_workers, **how,
+    )  # fmt: skip
     if not distributed.is_main():
         return
     facts = {
@@ -185,14 +190,19 @@ def evaluate(
         "slices": len(data), "cases": len(data.case_ids),
         "prompts": report.PROMPT_SOURCES[args.prompt_mode],
     }  # fmt: skip
-    metrics = report.write_scores(args.output_dir, counts, data.classes, facts)
+    colors = class_colors(data.info["colors"], len(data.classes))
+    made = CaseReport(facts, data.classes, colors, counts, cases, args.seed)
+    metrics = report.write_scores(args.output_dir, counts, data.classes, facts, made.metrics)
+    print(made.text)
+    page = write_report(args.output_dir / "report", made)
     chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
     overlays = report.draw_overlays(
         args.output_dir / "overlays", engine.predictions(model, chosen, **how),
-        classes=data.classes, colors=data.info["colors"],
+        classes=data.classes, colors=colors,
         transpose=data.info["orientation"] == "stored",
     )  # fmt: skip
-    print(f"scores: {metrics}\noverlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
+    print(f"scores: {metrics}\nreport: {page}")
+    print(f"overlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
 
 
 # ---------------------------------------------------------------- prediction

@@ -210,6 +210,12 @@ class SliceDataset(Dataset):
                 known[other] = self._channel(plane, clip_limit)
         return np.stack([known[other] for other in shown])
 
+    def seen_box(self, index: int) -> tuple[int, int, int, int]:
+        """The part (y0, y1, x0, x1), ends excluded, of stored slice `index` that its item shows."""
+        height, width = self.store.cases[self.slices[index][0]]["shape"][1:]
+        top, left = round(height * self.crop), round(width * self.crop)
+        return top, height - top, left, width - left
+
     def _cropped(self, plane: np.ndarray) -> np.ndarray:
         top, left = (round(side * self.crop) for side in plane.shape)
         return plane[top : plane.shape[0] - top, left : plane.shape[1] - left]

@@ -284,18 +284,21 @@ def evaluate(
 
     `model` is the plain module, not its DistributedDataParallel wrapper: shards differ in length.
     """
+    each: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
     counts = ClassCounts(model.num_classes, precision.device)
     batches = predictions(
         model, loader, prompt_mode=prompt_mode, precision=precision,
         points_are_row_col=points_are_row_col,
+    `each` is called with every batch of this process and its logits (N, C, H, W).
     )  # fmt: skip
-    for _, mask, _, logits in batches:
+    for batch, mask, _, logits in batches:
         counts.update(logits, mask)
     counts.tensors.copy_(reduce_sum(counts.tensors))
     return counts
 
 
 def predictions(
+        each(batch, logits)
     model: nn.Module,
     loader: Iterable[Batch],
     *,

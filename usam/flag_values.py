@@ -75,3 +75,10 @@ def non_negative(text: str) -> float:
     if not 0 <= (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
     return number
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, as a flag's value."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from usam.flag_values import (
+    above_zero,
     class_weights,
     count,
     decay,
@@ -191,6 +192,7 @@ def add_recipe_flags(flag: Callable[..., Any]) -> None:
     """The flags that `--recipe` sets together."""
     flag("--recipe", choices=list(RECIPES),
         help="the flags below as published, or as they scored best (published)")  # fmt: skip
+    add_evaluation_flags(parser)
     flag("--augment", choices=("published", "strong"),
         help="turns, flips; or small turns, scale, shift, gamma, noise (published)")  # fmt: skip
     flag("--class_weights", type=class_weights, metavar="none|balanced|W,W,...",
@@ -204,6 +206,7 @@ def add_recipe_flags(flag: Callable[..., Any]) -> None:
     flag("--patience", type=count, metavar="EPOCHS",
         help="stop after so many epochs without a better validation score (0: off)")  # fmt: skip
 
+    check_evaluation_flags(parser, args)
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of --predict."""
@@ -235,6 +238,19 @@ def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Names
         if not args.resume and args.model != "sam-med3d":
             parser.error("--predict needs --resume, the checkpoint to predict with")
         if args.eval:
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of --eval."""
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--spacing", nargs=3, type=above_zero, metavar=("Z", "Y", "X"),
+        help="mm between slices, rows, columns, where the data do not say (pixels)")  # fmt: skip
+
+
+def check_evaluation_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with one line where the flags of --eval do not fit together."""
+    if args.spacing and not args.eval:
+        parser.error("--spacing belongs to --eval")
+
+
             parser.error("--predict and --eval are two runs; give one of them")
     marks = {"box": args.box, "slice": args.slice, "point": args.point, "prompts": args.prompts}
     given = [name for name, value in marks.items() if value is not None]

@@ -40,12 +40,17 @@ def one_line(
 
 
 def write_scores(
-    folder: Path, counts: ClassCounts, classes: list[str], facts: Mapping[str, Any]
+    folder: Path,
+    counts: ClassCounts,
+    classes: list[str],
+    facts: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Print the scores of `counts` and save them with `facts` as metrics.json; the file's path.
 
     facts: what was evaluated, on what and with which prompts. The published protocol, which
-    leaves out slices without any true foreground, stands beside the scores of all slices.
+    leaves out slices without any true foreground, stands beside the scores of all slices. more:
+    what else metrics.json is to hold.
     """
     summary = counts.summary(classes)
     published = counts.summary(classes, foreground_only=True)
@@ -61,7 +66,7 @@ def write_scores(
         )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.json"
-    scores = {**facts, **summary, "foreground_slices_only": published}
+    scores = {**facts, **summary, "foreground_slices_only": published, **(more or {})}
     path.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
     return path
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def blend(image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> np.ndar
 
 
 def save_overlay(
-    path: Path,
+    path: Path | BinaryIO,
     image: np.ndarray,
     masks: Mapping[str, np.ndarray],
     *,
@@ -87,3 +88,42 @@ def _draw_prompts(
         x1, y1, x2, y2 = box
         outline = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="yellow")
         axis.add_patch(outline)
+
+
+def draw_box_plots(
+    path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], colors: Mapping[str, str]
+) -> None:
+    """A panel for each metric as one PNG: a box for each class over its cases, each case a point.
+
+    values: panel title -> class name -> values, the same classes in all; colors by class name.
+    """
+    names = list(next(iter(values.values())))
+    columns = min(3, len(values))
+    lines = -(-len(values) // columns)
+    size = (4.2 * columns, (1.0 + 0.42 * len(names)) * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    for axis in axes[len(values) :]:
+        axis.set_visible(False)
+    for axis, (title, by_class) in zip(axes, values.items(), strict=False):
+        for place, name in enumerate(names):
+            _draw_box(axis, place, np.array(by_class[name]), colors[name])
+        axis.set_title(title, fontsize=10)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_box(axis: Axes, place: int, values: np.ndarray, color: str) -> None:
+    """A horizontal box and its points, which are spread a little so that equal ones are seen."""
+    if not len(values):
+        return
+    parts = axis.boxplot(
+        values, positions=[place], orientation="horizontal", widths=0.55, showfliers=False,
+        patch_artist=True, manage_ticks=False, medianprops={"color": "black", "linewidth": 1.6},
+    )  # fmt: skip
+    parts["boxes"][0].set(facecolor=(*to_rgb(color), 0.25), edgecolor=color)
+    spread = np.random.default_rng(place).uniform(-0.18, 0.18, len(values))
+    axis.plot(values, place + spread, "o", color=color, markersize=2.8, alpha=0.75)
