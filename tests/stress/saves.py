@@ -58,8 +58,8 @@ def save_plainly(folder: Path, number: int, done: Callable[[int], None]) -> None
 
 
 def save_as_a_run(folder: Path, number: int, done: Callable[[int], None]) -> None:
-    """Save `number` as an epoch's end does: best.pth and last.pth, from a thread."""
-    run = RunFolder(folder, folder / "last.pth", 0)
+    """Save `number` as an epoch's end does: best.pth, last.pth, a predecessor, from a thread."""
+    run = RunFolder(folder, folder / "last.pth", 0, keep=1)
     run.save(lambda: small_state(number), as_best=True, may_skip=False)
     run.finish()
     done(number)
@@ -169,7 +169,8 @@ def run_kills(number: int, seed: int = 0) -> Row:
 def left_behind(folder: Path, current: int) -> list[str]:
     """Faults of the folder after all kills: the next run's save leaves its files and no other."""
     save_as_a_run(folder, current + 1, lambda _: None)
-    others = {path.name for path in folder.iterdir()} - {"last.pth", "best.pth"}
+    known = {f"{name}{number}.pth" for name in ("last", "best") for number in ("", ".1")}
+    others = {path.name for path in folder.iterdir()} - known
     return [f"left behind: {', '.join(sorted(others))}"] if others else []
 
 
