@@ -15,6 +15,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from usam.prompts import next_clicks
+from usam.two_way import meet_at_positions
 from usam.vit3d import BIAS_RULES, ImageEncoder3d, LayerNorm3d
 
 PATCH = 16
@@ -325,19 +326,3 @@ def build_sam_med3d(
     if rel_pos == "corrected":
         meet_at_positions(model.mask_decoder.transformer)
     return model
-
-
-@torch.no_grad()
-def meet_at_positions(transformer: TwoWayTransformer, scale: float = 2.0) -> None:
-    """Start tokens and voxels with attention to each other where their positions agree.
-
-    Queries and keys begin as one projection, so that a click's encoding meets that of its place;
-    `scale` sharpens it. From independent projections the network long finds objects by the middle
-    of the crop instead, and learns to ignore clicks. Needs a grid that is not `swapped`.
-    """
-    attentions = [transformer.final_attn_token_to_image]
-    for layer in transformer.layers:
-        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
-    for attention in attentions:
-        attention.q_proj.weight.mul_(scale)
-        attention.k_proj.weight.copy_(attention.q_proj.weight)
