@@ -9,7 +9,10 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +28,7 @@ from usam.job import Job
 from usam.loaders import loader_for
 from usam.metrics import rank_score
 from usam.preemption import STOPPED, StopRequest, Watched
+from usam.quarantine import Quarantine, collate, most_unreadable
 from usam.recomputation import recompute_activations
 from usam.resume import best_so_far
 from usam.run_folder import RunFolder, run_state
@@ -68,14 +72,18 @@ class Run:
         told = json.dumps([facts["arguments"], facts["data"]])
         distributed.check_same(told, "the flags or the listings of the data")
         if saved:
-            check_saved(args, saved, facts)
+            with blamed_on(args.resume):
+                check_saved(args, saved, facts)
         optimizer = engine.build_optimizer(job.groups, args.weight_decay)
         scaler = precision.scaler()
-        self._restore(saved, optimizer, scaler)
-        self.average = WeightAverage(job.model, args.ema, (saved or {}).get("average"))
+        with blamed_on(args.resume):
+            self._restore(saved, optimizer, scaler)
+            self.average = WeightAverage(job.model, args.ema, (saved or {}).get("average"))
         first = self.line["epoch"] if self.line else self.progress.epoch
         self.folder = RunFolder(args.output_dir, args.resume, first, keep=args.keep)
-        self.folder.describe(facts, {"resumed": args.resume and str(args.resume), **vars(self.progress)})
+        self.folder.describe(
+            facts, {"resumed": args.resume and str(args.resume), **vars(self.progress)}
+        )
         self.best = best_so_far(self.best, args.resume, args.output_dir)
         self._state = partial(
             run_state, flags=vars(args), data=job.info, model=job.model, progress=self.progress,
@@ -130,6 +138,7 @@ class Run:
             self.leave()
         self.begun = None
         self.line = {"epoch": epoch} | figures | {"samples": self.progress.samples}
+        self.line |= counts(batches, figures["quarantined"])
 
     def _after_step(self, sums: EpochSums) -> bool:
         """Save where --save_every says so; whether to stop here."""
@@ -178,6 +187,8 @@ class Run:
         self.stop.wait_for_all()
         epoch, step = self.progress.epoch, self.progress.step
         where = f"within epoch {epoch}, after {step} batches" if step else f"before epoch {epoch}"
+        if self.line:
+            where = f"before the validation of epoch {epoch - 1}"
         say(f"stopped as asked {where}: last.pth in {self.args.output_dir} goes on there")
         sys.exit(STOPPED)
 
@@ -190,7 +201,9 @@ def training_loader(args: Namespace, precision: Precision, job: Job) -> DataLoad
         samples = [job.data[0, 0]] * min(args.batch_size, len(job.data))
         compile_training(job.model, job.step, samples, precision)
     batches = distributed.TrainingBatches(len(job.data), args.batch_size, args.seed, job.favoured)
-    return loader_for(job.data, args.num_workers, batch_sampler=batches)
+    return loader_for(
+        Quarantine(job.data), args.num_workers, batch_sampler=batches, collate_fn=collate
+    )
 
 
 def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
@@ -203,7 +216,33 @@ def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
         accumulation_steps=args.accumulation_steps,
         clip_max_norm=args.clip_max_norm,
         decay_at=job.decay_at,
+        most_unreadable=most_unreadable(len(job.data)),
     )
+
+
+def counts(batches: distributed.TrainingBatches, unreadable: int) -> dict[str, int]:
+    """What became of the samples listed: seen, quarantined, or skipped with the incomplete step."""
+    places = len(batches) * batches.samples_per_step
+    return {
+        "listed": batches.num_samples,
+        "seen": places - unreadable,
+        "skipped": batches.num_samples - places,
+        "quarantined": unreadable,
+    }
+
+
+@contextmanager
+def blamed_on(path: Path | None) -> Iterator[None]:
+    """A context in which what a checkpoint lacks or holds in another form is a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if path is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{path}: its training state is not as u-sam.py writes it ({reason:.100})"
+        ) from error
 
 
 def check_saved(args: Namespace, saved: dict[str, Any], facts: dict[str, Any]) -> None:

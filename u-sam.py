@@ -32,7 +32,7 @@ from dataset.scans import parse_window
 from dataset.transforms import AUGMENTATIONS
 from sam_med3d import Train, run_volumes
 from training import train
-from usam import checkpoint, distributed, engine, report, resume, weights
+from usam import checkpoint, distributed, engine, peers, report, resume, weights
 from usam.average import averaged
 from usam.case_evaluation import evaluate_cases
 from usam.case_report import CaseReport, write_report
@@ -46,9 +46,9 @@ from usam.predict import Predictor, predict_scans
 from usam.preemption import StopRequest
 from usam.prompts import MIXED
 from usam.recipes import chosen_loss, jitter_pixels
+from usam.scan_output import class_colors
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
 
-from usam.scan_output import class_colors
 BAD_INPUT = 2  # exit code
 NUM_OVERLAYS = 8
 
@@ -56,14 +56,15 @@ NUM_OVERLAYS = 8
 def main(args: Namespace) -> None:
     """One run: device, checkpoint and flags, then what the model does with them."""
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
-    args.resume, saved = resume.choose(args.resume, args.output_dir)
+    args.resume, saved = resume.choose(args.resume, args.output_dir, args.sam_weight)
     settle(args, saved)
     if saved and (args.eval or args.predict):
         saved = averaged(saved)
     precision = engine.select_precision(args.amp, device)
     say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
     run = run_volumes if args.model == "sam-med3d" else run_slices
-    with nullcontext() if args.eval or args.predict else StopRequest() as stop:
+    stopping = nullcontext() if args.eval or args.predict else StopRequest()
+    with peers.watched(), stopping as stop:
         run(args, precision, saved, partial(train, stop=stop))
 
 
@@ -254,6 +255,8 @@ if __name__ == "__main__":
         # A loader's process sends its whole traceback, which ends in the line that matters.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         print(f"u-sam.py: error: {reason}", file=sys.stderr, flush=True)
-        sys.exit(BAD_INPUT)
+        peers.end(BAD_INPUT)
+    except (Exception, KeyboardInterrupt) as error:
+        peers.end_by(error)
     finally:
         distributed.stop()

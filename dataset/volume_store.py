@@ -25,6 +25,7 @@ from dataset.slices import (
     check_name,
     map_array,
     save_array,
+    still_whole,
 )
 from dataset.splits import write_json
 
@@ -214,7 +215,7 @@ class VolumeStore:
         """
         if case_number in self._maps:
             self._maps.move_to_end(case_number)
-            return self._maps[case_number]
+            return still_whole(self._maps[case_number])
         case = self.cases[case_number]
         stem, shape = self.folder / "cases" / case["file"], tuple(case["shape"])
         image = map_array(Path(f"{stem}.image.npy"), shape, case["dtype"])

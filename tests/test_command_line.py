@@ -39,7 +39,7 @@ TRAINED = (*TINY, "--epochs", "3", "--batch_size", "4", "--accumulation_steps", 
            "--dataset", "store")  # fmt: skip
 AGAIN = tuple(word for word in TRAINED if word not in ("--sam_weight", "none"))  # with --resume
 EPOCHS = 3
-SAVING = ("save_every", "keep", "override")
+SAVING = ("save_every", "keep", "override", "world_size", "dist_url")  # and how it is launched
 RUN_FILES = {"best.pth", "last.pth", "log.jsonl", "manifest.json"}
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -119,6 +119,28 @@ def statistics_after_broadcast() -> dict[str, torch.Tensor]:
     return dict(model.named_buffers())
 
 
+def what_differs() -> dict[str, bool]:
+    """Whether each check raises, of things that are the same on all ranks or not."""
+    model, drifted = toy(), toy()
+    with torch.no_grad():  # by the last bit of one weight
+        bits = drifted.inner.weight.view(torch.int32).view(-1)
+        bits[7] ^= int(distributed.rank() == 1)
+
+    def raises(check: Callable[..., None], *given: Any) -> bool:
+        try:
+            check(*given)
+        except ValueError as error:
+            return "processes" in str(error)
+        return False
+
+    return {
+        "weights": raises(distributed.check_same_weights, model, 0),
+        "drifted": raises(distributed.check_same_weights, drifted, 0),
+        "text": raises(distributed.check_same, "a listing", "the listings"),
+        "texts": raises(distributed.check_same, f"{distributed.rank()}", "the listings"),
+    }
+
+
 def of_one_world(rank: int, folder: Path) -> dict[str, Any]:
     """What a process of two or three finds out."""
     found: dict[str, Any] = {
@@ -128,6 +150,9 @@ def of_one_world(rank: int, folder: Path) -> dict[str, Any]:
         "buffers": statistics_after_broadcast(),
         "turns": turns(folder),
         "sum": distributed.reduce_sum(torch.tensor([rank + 1])).item(),
+        "rows": distributed.gather(torch.tensor([rank, 7])).tolist(),
+        "told": distributed.from_main(lambda: 40 + rank),
+        "differs": what_differs(),
     }
     if distributed.world_size() == 2:
         found["steps"] = {
@@ -328,6 +353,27 @@ def test_processes_sum_and_rank_0_comes_first(found: Any, world: int) -> None:
     assert [of_rank["rank"] for of_rank in found[world]] == list(range(world))
     assert {of_rank["sum"] for of_rank in found[world]} == {sum(range(world + 1))}
     assert all(of_rank["turns"] for of_rank in found[world])
+    assert all(of_rank["rows"] == [[n, 7] for n in range(world)] for of_rank in found[world])
+    assert {of_rank["told"] for of_rank in found[world]} == {40}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_weights_and_listings_that_differ_between_ranks_are_an_error_on_all(
+    found: Any, world: int
+) -> None:
+    wanted = {"weights": False, "drifted": True, "text": False, "texts": True}
+    assert all(of_rank["differs"] == wanted for of_rank in found[world])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_fingerprints_tell_every_bit_and_place_apart(dtype: torch.dtype) -> None:
+    values = (torch.arange(8) % 2).to(dtype).view(2, 4)
+    seen = {int(distributed.fingerprint(values)), int(distributed.fingerprint(values.flip(1)))}
+    for byte in range(values.numel() * values.element_size()):
+        changed = values.clone()
+        changed.view(torch.uint8).view(-1)[byte] ^= 1
+        seen.add(int(distributed.fingerprint(changed)))
+    assert len(seen) == 2 + values.numel() * values.element_size()
 
 
 # -------------------------------------------------------------------------- launching
@@ -361,6 +407,15 @@ def test_world_size_and_dist_url_join_what_srun_started(
     url = f"file://{tmp_path}/meet"
     assert distributed.start("cpu", num_processes=2, dist_url=url) == CPU
     assert (asked["rank"], asked["world_size"], asked["init_method"]) == (1, 2, url)
+
+
+def test_one_gpu_for_all_processes_of_a_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match="--device cuda:0 would put all processes of a machine on one"
+    ):
+        distributed.start("cuda:0")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:one", "cuda:-1", "cpu:0", ""])

@@ -26,6 +26,7 @@ from tests.test_command_line import (
     Result,
     assert_same_run,
     environment,
+    free_port,
     make_store,
     run,
 )
@@ -56,11 +57,13 @@ def whole(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launched(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def launched(
+    *arguments: str, launcher: tuple[str, ...] = (), variables: dict[str, str] | None = None
+) -> subprocess.Popen:
     """A run of its own, the first of a process group, its output kept."""
     return subprocess.Popen(
-        [sys.executable, *launcher, SCRIPT, *arguments], env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        [sys.executable, *launcher, SCRIPT, *arguments], env=environment() | (variables or {}),
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -257,15 +260,27 @@ def pids_of_ranks(launcher: int) -> dict[str, int]:
     return found
 
 
+def started_by_srun(*arguments: str) -> list[subprocess.Popen]:
+    """Two processes as `srun` starts them, each with its rank and no launcher above them."""
+    where = ("--world_size", "2", "--dist_url", f"tcp://127.0.0.1:{free_port()}")
+    ranks = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ("0", "1")]
+    return [launched(*arguments, *where, variables=variables) for variables in ranks]
+
+
 def test_of_two_processes_either_one_or_the_launcher_stops_both(
     flags: Flags, tmp_path: Path
 ) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     wanted, folder = tmp_path / "whole", tmp_path / "run"
-    process = launched(*flags(wanted), "--epochs", "4", launcher=launcher)
+    process = launched(*flags(wanted), "--epochs", "5", launcher=launcher)
     assert process.wait(timeout=300) == 0
-    for lines, target in ((1, "1"), (2, "launcher")):
-        process = launched(*flags(folder), "--epochs", "4", launcher=launcher)
+    processes = started_by_srun(*flags(folder), "--epochs", "5")
+    wait_for_lines(folder, 1, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [STOPPED, STOPPED], outputs
+    for lines, target in ((2, "1"), (3, "launcher")):
+        process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
         wait_for_lines(folder, lines, process)
         pid = process.pid if target == "launcher" else pids_of_ranks(process.pid)[target]
         os.kill(pid, signal.SIGTERM if target == "launcher" else signal.SIGUSR1)
@@ -273,7 +288,7 @@ def test_of_two_processes_either_one_or_the_launcher_stops_both(
         assert process.returncode != 0
         assert out.count("stopped as asked") == 1, out
         assert not pids_of_ranks(process.pid)
-    process = launched(*flags(folder), "--epochs", "4", launcher=launcher)
+    process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
     assert process.wait(timeout=300) == 0
     assert_same_run(folder, wanted)
 

@@ -106,8 +106,10 @@ def test_auto_starts_where_nothing_is_and_says_so(store: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("given", [["--sam_weight", "none"], ["--init", "best.pth"]])
-def test_weights_to_start_from_are_refused_beside_a_checkpoint(given: Any, capsys: Any) -> None:
-    result = run(capsys, *AGAIN, "--resume", "chkpt/last.pth", *given)
+def test_weights_to_start_from_are_refused_beside_a_checkpoint(
+    trained: Path, given: Any, capsys: Any
+) -> None:
+    result = run(capsys, *AGAIN, "--resume", trained / "last.pth", *given)
     assert_refused(result, given[0], "--resume")
     assert_refused(run(capsys, "--eval", "--resume", "auto"), "--resume auto", "best.pth")
 

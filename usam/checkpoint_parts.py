@@ -15,7 +15,8 @@ from usam.torch_files import is_state_dict
 
 PLAIN = (int, float, str, bool, type(None))
 MAX_SIDE = 8192  # pixels; the largest side a model is built for
-MAPPINGS = ("model", "args", "data", "progress", "best", "optimizer", "scaler", "rng")
+MAPPINGS = ("model", "args", "data", "progress", "best", "optimizer", "scaler", "rng",
+            "manifest", "in_epoch", "unvalidated")  # fmt: skip
 
 
 def _is_list(value: object, kinds: Any) -> bool:

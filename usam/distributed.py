@@ -66,11 +66,9 @@ def start(device: str, *, num_processes: int = 1, dist_url: str = "env://") -> t
         local_rank = int(os.environ.get("SLURM_LOCALID", 0))
     else:
         return select_device(device, 0)
-    if device.startswith("cuda:") and (
-        local_rank or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
-    ):
+    if num_processes > 1 and device.startswith("cuda:"):
         raise ValueError(
-            f"--device {device} would put all processes of this machine on one GPU; --device cuda "
+            f"--device {device} would put all processes of a machine on one GPU; --device cuda "
             "gives each its own"
         )
     chosen = select_device(device, local_rank)

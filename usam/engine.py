@@ -23,6 +23,7 @@ from usam.finite_guard import FiniteGuard
 from usam.losses import segmentation_loss
 from usam.metrics import ClassCounts
 from usam.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
+from usam.quarantine import UNREADABLE
 from usam.schedule import learning_rate_factor
 
 Batch = dict[str, Any]
@@ -144,7 +145,8 @@ class Recipe:
     """How one epoch is trained; the numbers behind the flags of the same names.
 
     `total_samples` is what all epochs together will see; `warmup_samples` of them ramp up.
-    `decay_at`: see `learning_rate_factor`.
+    `decay_at`: see `learning_rate_factor`. `most_unreadable` samples of an epoch and process may
+    be missing, before that is an error.
     """
 
     seed: int
@@ -153,6 +155,7 @@ class Recipe:
     accumulation_steps: int = 1
     clip_max_norm: float = 0.0
     decay_at: tuple[float, ...] = ()
+    most_unreadable: int = 0
 
 
 def train_one_epoch(
@@ -169,7 +172,7 @@ def train_one_epoch(
     begun: Mapping[str, Any] | None = None,
     after_step: Callable[[EpochSums], bool] = lambda sums: False,
 ) -> dict[str, float | None] | None:
-    """Train on what `loader` gives and move `progress` on; mean loss, rate and skipped steps.
+    """Train on what `loader` gives and move `progress` on; mean loss, rate, what was left out.
 
     The mean is over finite losses, None if there was none.
     The loader starts at `progress.step` of epoch `progress.epoch` (see TrainingBatches); `begun`
@@ -178,7 +181,7 @@ def train_one_epoch(
     they are fewer than `accumulation_steps`.
     `average` takes in the weights after every optimizer step; then `after_step` is asked, with the
     sums so far. True ends the epoch there, and None comes back unless it was done.
-    Raises ValueError if the gradients stay without a finite value.
+    Raises ValueError if the gradients stay without a finite value or too much cannot be read.
     """
     model.train()
     sampler, batches = loader.batch_sampler, iter(loader)
@@ -192,6 +195,7 @@ def train_one_epoch(
             samples = len(group) * sampler.samples_per_step
             rate = _set_rate(optimizer, recipe, progress.samples, samples)
             for number, batch in enumerate(group):
+                sums.leave_out(batch.pop(UNREADABLE, ()), most=recipe.most_unreadable)
                 generator = step_generator(recipe.seed, progress.epoch, progress.step, rank())
                 is_last = number + 1 == len(group)
                 with _without_sync(model, skip=not is_last), precision.autocast():
@@ -221,6 +225,7 @@ def train_one_epoch(
         "loss": total / number if number else None,
         "lr": optimizer.param_groups[0]["lr"],
         "skipped_steps": int(sums.guard.skipped),
+        "quarantined": int(reduce_sum(torch.tensor(sums.unreadable))),
     }
 
 
@@ -279,26 +284,26 @@ def evaluate(
     prompt_mode: int,
     precision: Precision,
     points_are_row_col: bool = False,
+    each: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> ClassCounts:
     """Pixel counts of every class over all samples of all processes.
 
     `model` is the plain module, not its DistributedDataParallel wrapper: shards differ in length.
+    `each` is called with every batch of this process and its logits (N, C, H, W).
     """
-    each: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
     counts = ClassCounts(model.num_classes, precision.device)
     batches = predictions(
         model, loader, prompt_mode=prompt_mode, precision=precision,
         points_are_row_col=points_are_row_col,
-    `each` is called with every batch of this process and its logits (N, C, H, W).
     )  # fmt: skip
     for batch, mask, _, logits in batches:
         counts.update(logits, mask)
+        each(batch, logits)
     counts.tensors.copy_(reduce_sum(counts.tensors))
     return counts
 
 
 def predictions(
-        each(batch, logits)
     model: nn.Module,
     loader: Iterable[Batch],
     *,

@@ -5,7 +5,7 @@ The engine keeps one for each epoch; a checkpoint within an epoch holds its `sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,17 @@ class EpochSums:
         """Take in the loss of a batch, if it is finite; no wait for the device."""
         loss = loss.detach().float()
         self.losses += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
+
+    def leave_out(self, reasons: Sequence[str], *, most: int) -> None:
+        """Count samples that could not be read, and say why; raise ValueError above `most`."""
+        self.unreadable += len(reasons)
+        for reason in reasons:
+            print(f"warning: a training sample is left out: {reason}", flush=True)
+        if self.unreadable > most:
+            raise ValueError(
+                f"{self.unreadable} training samples of this epoch cannot be read, over the {most} "
+                f"allowed; check them with python -m dataset.verify; the last: {reasons[-1]}"
+            )
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors to go on from; every process must ask, and waits for the device.

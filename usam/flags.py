@@ -164,6 +164,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         help="train large images in less memory and more time")  # fmt: skip
     run("--world_size", type=positive, default=1, help="processes, where srun starts them (1)")
     run("--dist_url", default="env://", help="tcp://host:port where those meet")
+    add_evaluation_flags(parser)
     add_prediction_flags(parser)
     args = parser.parse_args(arguments)
     if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
@@ -173,6 +174,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     if args.eval and not args.resume and args.model != "sam-med3d":
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     check_resume(parser, args)
+    check_evaluation_flags(parser, args)
     check_prediction_flags(parser, args)
     return args
 
@@ -182,17 +184,14 @@ def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.resume == AUTO:
         if args.eval or args.predict:
             parser.error("--resume auto goes on training; name a checkpoint here, as best.pth")
-        return  # --sam_weight and --init are for the start, where there is nothing to go on from
-    for name in ("sam_weight", "init"):
-        if args.resume and getattr(args, name) is not None:
-            parser.error(f"--{name} is for a fresh start and --resume is none; give one of them")
+    elif args.resume and args.init is not None:
+        parser.error("--init is for a fresh start and --resume is none; give one of them")
 
 
 def add_recipe_flags(flag: Callable[..., Any]) -> None:
     """The flags that `--recipe` sets together."""
     flag("--recipe", choices=list(RECIPES),
         help="the flags below as published, or as they scored best (published)")  # fmt: skip
-    add_evaluation_flags(parser)
     flag("--augment", choices=("published", "strong"),
         help="turns, flips; or small turns, scale, shift, gamma, noise (published)")  # fmt: skip
     flag("--class_weights", type=class_weights, metavar="none|balanced|W,W,...",
@@ -206,7 +205,19 @@ def add_recipe_flags(flag: Callable[..., Any]) -> None:
     flag("--patience", type=count, metavar="EPOCHS",
         help="stop after so many epochs without a better validation score (0: off)")  # fmt: skip
 
-    check_evaluation_flags(parser, args)
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of --eval."""
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--spacing", nargs=3, type=above_zero, metavar=("Z", "Y", "X"),
+        help="mm between slices, rows, columns, where the data do not say (pixels)")  # fmt: skip
+
+
+def check_evaluation_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with one line where the flags of --eval do not fit together."""
+    if args.spacing and not args.eval:
+        parser.error("--spacing belongs to --eval")
+
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of --predict."""
@@ -238,19 +249,6 @@ def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Names
         if not args.resume and args.model != "sam-med3d":
             parser.error("--predict needs --resume, the checkpoint to predict with")
         if args.eval:
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of --eval."""
-    flag = parser.add_argument_group("evaluation").add_argument
-    flag("--spacing", nargs=3, type=above_zero, metavar=("Z", "Y", "X"),
-        help="mm between slices, rows, columns, where the data do not say (pixels)")  # fmt: skip
-
-
-def check_evaluation_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where the flags of --eval do not fit together."""
-    if args.spacing and not args.eval:
-        parser.error("--spacing belongs to --eval")
-
-
             parser.error("--predict and --eval are two runs; give one of them")
     marks = {"box": args.box, "slice": args.slice, "point": args.point, "prompts": args.prompts}
     given = [name for name, value in marks.items() if value is not None]

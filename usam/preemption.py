@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from usam.distributed import world_size
+from usam.peers import end
 
 STOPPED = 75  # exit code of a run that saved itself and may go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -59,7 +59,7 @@ class StopRequest:
         if not self._watched:
             name = signal.Signals(number).name
             print(f"stopped by {name} before training began: nothing to save", flush=True)
-            sys.exit(STOPPED)
+            end(STOPPED)
 
     def watch(self) -> None:
         """Note signals from here on; every process must call it."""

@@ -36,6 +36,8 @@ def one_line(
         text += " (best)" if is_best else ""
     if line["skipped_steps"]:
         text += f", {line['skipped_steps']} steps left out (gradients not finite)"
+    if line["quarantined"]:
+        text += f", {line['quarantined']} samples unreadable"
     return text + f", {seconds:.0f} s"
 
 

@@ -21,15 +21,26 @@ AUTO = Path("auto")
 NONE, ALL_DAMAGED = -1, -2  # instead of a place among the predecessors
 
 
-def choose(resume: Path | None, folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+def choose(
+    resume: Path | None, folder: Path, sam_weight: str | None = None
+) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that --resume names and what it holds; (None, None) for a fresh start.
 
     `auto` is the newest sound one of last.pth and its predecessors in `folder`. The main process
     chooses for all; it says which ones are damaged and sets them aside as NAME.damaged. Raises
-    ValueError if all are damaged: no run is started over in silence. Errors of read_checkpoint.
+    ValueError if all are damaged: no run is started over in silence; or if a checkpoint that needs
+    none is named beside a --sam_weight. Errors of read_checkpoint.
     """
+    if resume is None:
+        return None, None
     if resume != AUTO:
-        return resume, read_checkpoint(resume) if resume else None
+        saved = read_checkpoint(resume)
+        if sam_weight is not None and not saved["data"].get("base"):
+            raise ValueError(
+                f"--sam_weight {sam_weight} is for a fresh start, and --resume {resume} is none; "
+                "give one of them"
+            )
+        return resume, saved
     last = folder / "last.pth"
     number = from_main(lambda: newest_sound(last))
     if number == NONE:
