@@ -15,6 +15,8 @@ from dataset.scan_slices import ScanSlices
 from dataset.slice_dataset import CLIP_LIMITS, SliceDataset, equalize, neighbours
 from dataset.slices import SliceStore, write_case, write_index
 from tests.test_command_line import TINY, run
+from usam.prompts import MIXED
+from usam.scan_prompts import ScanPrompts, slice_prompts
 
 SIDE, NUM_SLICES = 128, 5
 LISTED = [True, False, True, True, False]
@@ -121,3 +123,20 @@ def test_a_checkpoint_of_2_5d_evaluates_and_predicts_so(
         assert result.code == 0, result.err
     assert set(seen) == {3}
     assert (tmp_path / "scan_seg.nii.gz").exists()
+
+
+def test_a_model_of_mixed_prompts_takes_what_prompts_there_are(tmp_path: Path) -> None:
+    data = {"window": [-160, 240], "orientation": "LPS", "img_size": SIDE}
+    scan = ScanSlices(scan_of(tmp_path, np.random.default_rng(1)), data)
+    point, box = (20.0, 30.0, 2.0, 1), (2, 10.0, 12.0, 40.0, 50.0)
+    assert slice_prompts(ScanPrompts(), MIXED, scan) is None
+    for given, mode in (
+        (ScanPrompts(boxes=(box,)), 1),
+        (ScanPrompts(points=(point,)), 2),
+        (ScanPrompts(points=(point,), boxes=(box,)), 3),
+    ):
+        found = slice_prompts(given, MIXED, scan)
+        assert found.mode == mode
+        batch = found.batch(found.slices, num_classes=2)
+        assert (batch["boxes"] is not None) == (mode in (1, 3))
+        assert (batch["points"] is not None) == (mode in (2, 3))
