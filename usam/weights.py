@@ -23,6 +23,7 @@ from usam.sam_file import check_names, resize
 from usam.sam_vit import PATCH
 from usam.small_checkpoint import completed
 from usam.torch_files import is_state_dict, read_file
+from usam.two_way import meet_at_positions
 
 # In published U-SAM checkpoints, though no logit depends on them.
 UNUSED_LAYERS = (
@@ -53,6 +54,7 @@ def initialize(
         return start_from(model, init, sam_weight)
     path = sam_file.find(sam_model, sam_weight)
     if path is None:
+        meet_at_positions(model.sam["mask_decoder"].transformer)
         return f"{sam_model} starts from random weights"
     return str(sam_file.load_sam_checkpoint(model, path))
 
