@@ -107,12 +107,12 @@ def limited(what: str, figure: float, limit: float) -> Row:
     return row
 
 
-def run_guards(sam_model: str, img_size: int, batch_size: int, steps: int) -> Row:
+def run_guards(sam_model: str, *, img_size: int, batch_size: int, steps: int) -> Row:
     """The finite check and the question for a stop, against a whole training step."""
     started, model = time.monotonic(), build_usam(sam_model, num_classes=3, img_size=img_size)
     optimizer = build_optimizer(model.parameter_groups(1e-3, 1e-4, 1e-4), 1e-4)
-    image = torch.rand(batch_size, 1, img_size, img_size)
-    mask = torch.randint(3, (batch_size, img_size, img_size))
+    shape = (batch_size, img_size, img_size)
+    batch = torch.rand(shape)[:, None], torch.randint(3, shape)
     guard = FiniteGuard(model, torch.device("cpu"))
     guards: list[float] = []
     with StopRequest() as stop:
@@ -123,7 +123,7 @@ def run_guards(sam_model: str, img_size: int, batch_size: int, steps: int) -> Ro
             stop.asked()
 
         step = statistics.median(
-            seconds(lambda: train_step(model, optimizer, image, mask, guards, guarded))
+            seconds(lambda: train_step(model, optimizer, batch, guards=guards, guarded=guarded))
             for _ in range(steps)
         )
     share = statistics.median(guards) / step
@@ -137,12 +137,13 @@ def run_guards(sam_model: str, img_size: int, batch_size: int, steps: int) -> Ro
 def train_step(
     model: USam,
     optimizer: torch.optim.Optimizer,
-    image: torch.Tensor,
-    mask: torch.Tensor,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    *,
     guards: list[float],
     guarded: Callable[[], None],
 ) -> None:
     """One step with its guards, whose seconds are added to `guards`."""
+    image, mask = batch
     segmentation_loss(model(image), mask).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     guards.append(seconds(guarded))
@@ -197,4 +198,8 @@ def run(*, full: bool) -> list[Row]:
     """The figures of this part; without `full` the flag alone, as times vary on busy machines."""
     if not full:
         return [run_flag(1)]
-    return [run_flag(4), *run_saves("vit_tiny", 5), run_guards("vit_tiny", 112, 2, 10)]
+    return [
+        run_flag(4),
+        *run_saves("vit_tiny", 5),
+        run_guards("vit_tiny", img_size=112, batch_size=2, steps=10),
+    ]

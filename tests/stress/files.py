@@ -85,7 +85,7 @@ def judged_message(error: BaseException) -> str:
     return "refused"
 
 
-def offer(kinds: list[Kind], number: int, scratch: Path, seed: int) -> tuple[str, str]:
+def offer(kinds: list[Kind], number: int, scratch: Path, *, seed: int) -> tuple[str, str]:
     """(kind, verdict) of the broken file `number`; it depends on that and the seed alone."""
     kind, draw = kinds[number % len(kinds)], random.Random(f"{seed} {number}")
     folder, canary = scratch / kind.name.replace(" ", "-"), scratch / "canary"
@@ -104,7 +104,7 @@ def prepare(kinds: list[Kind], scratch: Path) -> None:
         kind.read(folder)
 
 
-def work(numbers: range, kinds: list[Kind], seed: int, pipe: int) -> None:
+def work(numbers: range, kinds: list[Kind], *, seed: int, pipe: int) -> None:
     """Offer the files `numbers`, a line to `pipe` for each: number, kind and verdict."""
     signal.signal(signal.SIGALRM, _too_slow)
     warnings.simplefilter("ignore")
@@ -113,7 +113,7 @@ def work(numbers: range, kinds: list[Kind], seed: int, pipe: int) -> None:
         prepare(kinds, Path(scratch))
         with bounded_memory():
             for number in numbers:
-                kind, verdict = offer(kinds, number, Path(scratch), seed)
+                kind, verdict = offer(kinds, number, Path(scratch), seed=seed)
                 line = f"{number}\t{kind}\t{' '.join(verdict.split())}\n"
                 os.write(pipe, line.encode("utf-8", "replace"))
 
@@ -136,7 +136,7 @@ class Worker:
 
         def child() -> None:
             os.close(pipe)
-            work(numbers, self.kinds, self.seed, writer)
+            work(numbers, self.kinds, seed=self.seed, pipe=writer)
 
         self.process = in_a_child(child)
         os.close(writer)

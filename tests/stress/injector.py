@@ -9,6 +9,7 @@ import builtins
 import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -181,8 +182,9 @@ def in_a_child(work: Callable[[], None], *, log: Path | None = None) -> int:
     try:
         if log is not None:
             target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(target, 1)
-            os.dup2(target, 2)
+            for number, name in ((1, "stdout"), (2, "stderr")):  # which pytest may have replaced
+                os.dup2(target, number)
+                setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
         work()
         code = 0
     except SystemExit as end:

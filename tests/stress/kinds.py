@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import random
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +20,21 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from dataset import SliceDataset, SliceStore, VolumeDataset, VolumeStore
-from dataset.checks_store import check_store
 from dataset.rectum import read_boxes, read_slice
 from dataset.scan_files import read_file
 from dataset.scans import read_label, read_scan, to_canonical
-from dataset.slices import write_case, write_index
 from dataset.sources import find_nnunet
-from dataset.splits import split_table, write_json
-from dataset.volume_store import write_volume, write_volume_index
 from tests.stress import hostile, mutations
 from tests.stress.saves import small_state
+from tests.stress.stores import (
+    made_in_memory,
+    make_nnunet,
+    make_slices,
+    make_volumes,
+    read_slices,
+    read_volumes,
+    verified,
+)
 from usam.model import build_usam
 from usam.model3d import build_sam_med3d
 from usam.predict3d import read_prompts3d
@@ -258,7 +261,7 @@ def tables() -> list[Kind]:
         json_kind("prompts", "p.json", prompts, lambda f: read_prompts(f / "p.json", "x.nii.gz")),
         json_kind("many prompts", "p.json", many, lambda f: read_prompts(f / "p.json", "x.nii.gz")),
         json_kind("clicks", "p.json", objects, lambda f: read_prompts3d(f / "p.json", "x.nii.gz")),
-        json_kind("dataset.json", "dataset.json", table, find_nnunet, make_nnunet),
+        json_kind("dataset.json", "dataset.json", table, find_nnunet, make=make_nnunet),
     ]  # fmt: skip
 
 
@@ -267,6 +270,7 @@ def json_kind(
     place: str,
     content: Any,
     read: Callable[[Path], Any],
+    *,
     make: Callable[[Path], None] = lambda folder: None,
 ) -> Kind:
     """A kind of JSON file with the given content."""
@@ -284,77 +288,8 @@ def indexes() -> list[Kind]:
     volumes = made_in_memory(make_volumes, "index.json")
     splits = made_in_memory(make_slices, "splits.json")
     return [
-        json_kind("index of slices", "index.json", index, read_slices, make_slices),
-        json_kind("index of volumes", "index.json", volumes, read_volumes, make_volumes),
-        json_kind("splits", "splits.json", splits, verified, make_slices),
-        json_kind("index, verified", "index.json", index, verified, make_slices),
+        json_kind("index of slices", "index.json", index, read_slices, make=make_slices),
+        json_kind("index of volumes", "index.json", volumes, read_volumes, make=make_volumes),
+        json_kind("splits", "splits.json", splits, verified, make=make_slices),
+        json_kind("index, verified", "index.json", index, verified, make=make_slices),
     ]
-
-
-def made_in_memory(make: Callable[[Path], None], name: str) -> Any:
-    """The content of a JSON file that `make` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder))
-        return json.loads((Path(folder) / name).read_bytes())
-
-
-def make_slices(folder: Path) -> None:
-    """A store of two cases of slices, with its splits."""
-    cases = []
-    for name, split in (("a", "train"), ("b", "test")):
-        entry = {"id": name, "split": split, "file": name, "slices": [f"{name}{k}" for k in "012"]}
-        image = np.full((3, 16, 16), ord(name), np.uint8)
-        image[:, 0] = 0
-        mask = np.pad(np.ones((3, 4, 4), np.uint8), ((0, 0), (4, 8), (4, 8)))
-        cases.append(write_case(folder, entry | {"spacing": [3, 1, 1]}, image, mask))
-    write_index(folder, {
-        "dataset": "folder", "window": [-160, 240], "orientation": "LPS", "clahe": True,
-        "source": "0", "spacing": None, "cases": cases,
-        "classes": [{"id": i, "name": n, "color": "#00ff00"} for i, n in enumerate(("b", "a"))],
-    })  # fmt: skip
-    table = split_table([("a", "train"), ("b", "test")], folds=None, seed=0)
-    write_json(folder / "splits.json", table)
-
-
-def make_volumes(folder: Path) -> None:
-    """A store of one volume."""
-    mask = np.pad(np.ones((4, 4, 4), np.uint8), 2)
-    entry = {"id": "a", "split": "train", "file": "a"}
-    case = write_volume(folder, entry, np.zeros((8, 8, 8), np.int16), mask)
-    rows = [{"id": 0, "name": "background"}, {"id": 1, "name": "a"}]
-    write_volume_index(folder, {"dataset": "x", "classes": rows, "cases": [case], "source": "0"})
-
-
-def make_nnunet(folder: Path) -> None:
-    """The folders that go with a dataset.json; names are all that is read."""
-    for path in ("imagesTr/c_0000.nii.gz", "labelsTr/c.nii.gz"):
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).touch()
-
-
-def read_slices(folder: Path) -> Any:
-    """Every training slice of a store, as training takes it, and what a checkpoint keeps of it."""
-    store = SliceStore(folder)
-    data = SliceDataset(store, store.slices("train"), img_size=16)
-    return [data[k, 1] for k in range(len(data))], data.info, data.showcase(2), data.case_ids
-
-
-def read_volumes(folder: Path) -> Any:
-    """Every object of a volume store, as training takes it, and what a checkpoint keeps of it."""
-    store = VolumeStore(folder)
-    objects = [(n, label) for n, case in enumerate(store.cases) for label in case["objects"]]
-    data = VolumeDataset(store, objects, side=8)
-    return [data[k, 1] for k in range(len(data))], data.info, data.skipped, data.case_ids
-
-
-def verified(folder: Path) -> Any:
-    """What `verify` finds in a store; raises ValueError of its first fault where there is one."""
-
-    def run(work: Callable[[Any], Any], jobs: Any) -> Any:
-        return map(work, jobs)
-
-    findings, _ = check_store(folder, run)
-    wrong = [finding for finding in findings if finding.level == "wrong"]
-    if wrong:
-        raise ValueError(f"{wrong[0].file}: {wrong[0].what}")
-    return findings

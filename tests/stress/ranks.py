@@ -48,7 +48,7 @@ def rank_process(flags: Sequence[str], strike: Strike) -> None:
     as_main(flags, lambda: strike.install(int(os.environ["RANK"])))
 
 
-def begin(world: int, flags: list[str], strike: Strike, log: Path, *, launched: bool) -> int:
+def begin(world: int, flags: list[str], strike: Strike, *, log: Path, launched: bool) -> int:
     """The number of a launcher that leads a session of its own."""
     if launched:
         command = [
@@ -69,13 +69,13 @@ def begin(world: int, flags: list[str], strike: Strike, log: Path, *, launched: 
     return in_a_child(child, log=log)
 
 
-def wrong_with(world: int, strike: Strike, store: Path, folder: Path, *, launched: bool) -> str:
+def wrong_with(world: int, strike: Strike, store: Path, *, folder: Path, launched: bool) -> str:
     """What is wrong with how a run ended after a strike, or ""."""
     log, note = folder / "log", Path(strike.note)
     note.unlink(missing_ok=True)
     log.write_text("")
     flags = [*RUN, "--data_root", str(store), "--output_dir", str(folder / "run")]
-    leader = begin(world, flags, strike, log, launched=launched)
+    leader = begin(world, flags, strike, log=log, launched=launched)
     try:
         code, seconds = seconds_to_the_end(leader, note)
     finally:
@@ -143,7 +143,7 @@ def run_deaths(number: int, launched: int) -> Row:
         every = number // launched if launched else number + 1
         for count, (world, strike) in enumerate(plans(number, folder / "struck")):
             by_command = count % every == every - 1
-            wrong = wrong_with(world, strike, store, folder, launched=by_command)
+            wrong = wrong_with(world, strike, store, folder=folder, launched=by_command)
             if wrong:
                 row.faults.append(f"{strike} of {world}, command {by_command}: {wrong}")
     row.note = f"{launched} under the torchrun command; limit {MAX_SECONDS} s"

@@ -60,12 +60,14 @@ def flags_of(case: Case, store: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run_once(case: Case, store: Path, folder: Path, strike: Strike | None) -> tuple[list[int], str]:
+def run_once(
+    case: Case, store: Path, folder: Path, *, strike: Strike | None = None
+) -> tuple[list[int], str]:
     """(exit codes, output) of one run of a case's command, with a strike or to its end."""
     log, flags = folder.with_suffix(".log"), flags_of(case, store, folder)
     log.unlink(missing_ok=True)
     if case.launched:
-        return launch_once(case, flags, log, strike)
+        return launch_once(case, flags, log, strike=strike)
     children = start(
         flags, log, world=case.world, inject=strike.install if strike else lambda rank: None
     )
@@ -86,7 +88,7 @@ def ended(child: int) -> int:
 
 
 def launch_once(
-    case: Case, flags: Sequence[str], log: Path, strike: Strike | None
+    case: Case, flags: Sequence[str], log: Path, *, strike: Strike | None
 ) -> tuple[list[int], str]:
     """The same through torchrun, whose one exit code it gives."""
     command = [
@@ -108,21 +110,21 @@ def launch_once(
     return [code], log.read_text()
 
 
-def tried(case: Case, store: Path, folder: Path, wanted: str, whole: Path) -> str:
+def tried(case: Case, store: Path, folder: Path, *, wanted: str, whole: Path) -> str:
     """What is wrong with a case, or "": it was not stopped, did not go on or ended otherwise."""
     shutil.rmtree(folder, ignore_errors=True)
     rank, note = case.step % case.world, folder.with_suffix(".struck")
     note.unlink(missing_ok=True)
     launcher = case.launched and case.how == "SIGTERM"
     strike = Strike("forward", case.step, rank, case.how, str(note), to_launcher=launcher)
-    codes, output = run_once(case, store, folder, strike)
+    codes, output = run_once(case, store, folder, strike=strike)
     if not note.exists() or not any(codes):
         return f"was not stopped: {codes}\n{output[-1500:]}"
     if case.how == "SIGTERM" and not case.launched and set(codes) != {STOPPED}:
         return f"ended with {codes}, not {STOPPED}\n{output[-1500:]}"
     if case.how == "SIGKILL" and not case.launched and codes[rank] != -signal.SIGKILL:
         return f"ended with {codes}, not by the kill\n{output[-1500:]}"
-    codes, output = run_once(case, store, folder, None)
+    codes, output = run_once(case, store, folder)
     if any(codes):
         return f"did not go on: {codes}\n{output[-1500:]}"
     if run_digest(folder) != wanted:
@@ -151,13 +153,15 @@ def run_resumes(steps: Sequence[int], launched: int) -> Row:
         digests = {}
         for world in sorted({case.world for case in wanted}):
             whole = Path(scratch) / f"whole-{world}"
-            codes, output = run_once(Case(world, 0, 0, ""), store, whole, None)
+            codes, output = run_once(Case(world, 0, 0, ""), store, whole)
             if any(codes):
                 raise RuntimeError(f"an uninterrupted run ended with {codes}:\n{output[-3000:]}")
             digests[world] = run_digest(whole)
         for case in wanted:
             whole = Path(scratch) / f"whole-{case.world}"
-            wrong = tried(case, store, Path(scratch) / "run", digests[case.world], whole)
+            wrong = tried(
+                case, store, Path(scratch) / "run", wanted=digests[case.world], whole=whole
+            )
             if wrong:
                 row.faults.append(f"{case}: {wrong}")
     through = sum(case.launched for case in wanted)

@@ -89,7 +89,7 @@ def moments(operations: list[tuple[str, int]], number: int, seed: int) -> Iterat
         yield Moment(place, "within", draw.randrange(length))
 
 
-def saver_child(folder: Path, save: Saver, first: int, at: Moment | None, pipe: int) -> None:
+def saver_child(folder: Path, save: Saver, first: int, *, at: Moment | None, pipe: int) -> None:
     """Save first, first + 1, ... telling each end to `pipe`; killed at a moment of the second."""
 
     def tell(number: int) -> None:
@@ -105,11 +105,11 @@ def saver_child(folder: Path, save: Saver, first: int, at: Moment | None, pipe: 
 
 
 def kill_once(
-    folder: Path, save: Saver, first: int, at: Moment | None, delay: float
+    folder: Path, save: Saver, first: int, *, at: Moment | None, delay: float
 ) -> tuple[bool, int, str]:
     """(killed, the number that last.pth holds, what is wrong or "") after one kill."""
     reader, writer = os.pipe()
-    child = in_a_child(lambda: saver_child(folder, save, first, at, writer))
+    child = in_a_child(lambda: saver_child(folder, save, first, at=at, pipe=writer))
     os.close(writer)
     try:
         if at is None:
@@ -152,7 +152,7 @@ def run_kills(number: int, seed: int = 0) -> Row:
         for save, at in plans:
             delay = draw.uniform(0, 0.02)
             while True:  # a random time may come too late; such a try counts for nothing
-                killed, current, wrong = kill_once(folder, save, current + 1, at, delay)
+                killed, current, wrong = kill_once(folder, save, current + 1, at=at, delay=delay)
                 if killed or wrong:
                     break
                 delay /= 2

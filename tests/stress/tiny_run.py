@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-import usam.model
 from dataset.slices import write_case, write_index
 from tests.stress.counts import free_port
 from tests.stress.injector import in_a_child
 from tests.toy import Toy
+from usam import weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "u-sam.py"
@@ -79,7 +79,10 @@ def use_tiny_net() -> None:
     def build(sam_model: str, num_classes: int = 3, *_: Any, **__: Any) -> TinyNet:
         return TinyNet(num_classes)
 
-    usam.model.build_usam = build
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "usam" and hasattr(module, "build_usam"):
+            module.build_usam = build
+    weights.initialize = lambda *_, **__: "a tiny network starts from random weights"
 
 
 def warm_up() -> None:
