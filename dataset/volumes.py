@@ -122,10 +122,11 @@ class VolumeDataset(Dataset):
     image is int16 or float32 as the store's dtype, in the scan's own units (see crops.normalise);
     mask is 1 in the object. `dataset[index]` is one object of one case, in the published place:
     the cube around the middle of its box. `dataset[index, epoch]` is the training draw, random by
-    (seed, epoch, index) alone: of that case's objects any, one of its voxels anywhere in the cube
-    but near the faces, flipped along any axis. Published training centres the object, so that a
-    network may learn the middle instead of the clicks, and windows grown beyond it fail. The
-    object is never empty in its cube. Axes are RAS (x, y, z), at 1.5 mm, zero outside the scan.
+    (seed, epoch, index) alone: of that case's objects any, flipped along any axis, and one of its
+    voxels as often in the middle, where prediction puts a first click, as anywhere else but near
+    the faces, where windows that grow meet it. Published training centres the object instead, so
+    that a network learns the middle and not the clicks. The object is never empty in its cube.
+    Axes are RAS (x, y, z), at 1.5 mm, zero outside the scan.
     """
 
     def __init__(
@@ -218,6 +219,8 @@ class VolumeDataset(Dataset):
 
     def _draw_place(self, number: int, class_id: int, rng: np.random.Generator) -> np.ndarray:
         voxel = self._random_voxel(number, class_id, rng)
+        if rng.random() < 0.5:
+            return voxel - self.side // 2
         margin = self.side // 8
         return voxel - rng.integers(margin, self.side - margin, 3)
 
