@@ -272,11 +272,17 @@ def check_saved(args: Namespace, saved: dict[str, Any], facts: dict[str, Any]) -
 def restore(
     saved: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
-    """Put optimizer, scaler and random generators where `saved` has them; rates as in the flags."""
+    """Put optimizer, scaler and random generators where `saved` has them; rates as in the flags.
+
+    Raises ValueError where one of them is not as it was saved: nothing is forgotten in silence.
+    """
     given = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, (rate, decay) in zip(optimizer.param_groups, given, strict=True):
-        group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
-    if saved["scaler"]:  # empty unless it was float16 that was trained with
-        scaler.load_state_dict(saved["scaler"])
-    checkpoint.restore_random_state(saved["rng"])
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        for group, (rate, decay) in zip(optimizer.param_groups, given, strict=True):
+            group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
+        if saved["scaler"]:  # empty unless it was float16 that was trained with
+            scaler.load_state_dict(saved["scaler"])
+        checkpoint.restore_random_state(saved["rng"])
+    except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"the checkpoint's state cannot be taken up: {error!r:.200}") from error
