@@ -39,8 +39,25 @@ DATA: dict[str, Callable[[Any], bool]] = {  # what must be true of "data" where 
     "prompt_mode": lambda value: (type(value) is int and 0 <= value <= 3)
     or value in ("mixed", "clicks"),
     "input": lambda value: value in ("2d", "2.5d"),
+    "adapter": lambda value: value in ("u", "none"),
+    "tuning": lambda value: value in ("full", "lora", "decoder"),
+    "base": lambda value: isinstance(value, Mapping) and value.keys() == {"file", "sha256"}
+    and _is_list([*value.values()], str),
     "num_point_embeddings": lambda value: value in (2, 4),
 }  # fmt: skip
+
+
+NEEDED = ("classes", "img_size")  # in "data" that is not empty
+POSITION: dict[str, Callable[[Any], bool]] = {  # where training stands
+    "progress": lambda part: (
+        part.keys() <= {"epoch", "step", "samples", "skipped_in_a_row"}
+        and all(type(value) is int and 0 <= value < 2**53 for value in part.values())
+    ),
+    "best": lambda part: (
+        all(isinstance(value, PLAIN) for value in part.values())
+        and (not part or {"epoch", "mean_dice"} <= part.keys())
+    ),
+}
 
 
 def _is_average(value: object) -> bool:
@@ -62,8 +79,11 @@ def check_parts(content: Mapping[str, Any], source: Path) -> None:
         wrong = ["average"]
     if not wrong and not all(isinstance(value, PLAIN) for value in content["args"].values()):
         wrong = ["args"]
+    wrong = wrong or [part for part, fits in POSITION.items() if not fits(content.get(part, {}))]
+    data = content["data"]
+    if not wrong and data:
+        wrong = [f"data/{key}" for key in NEEDED if key not in data]
     if not wrong:
-        data = content["data"]
         wrong = [f"data/{key}" for key, fits in DATA.items() if key in data and not fits(data[key])]
     if wrong:
         raise ValueError(f"{source}: its part {wrong[0]!r} is not as u-sam.py writes it")

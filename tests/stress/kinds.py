@@ -25,7 +25,7 @@ from dataset.scan_files import read_file
 from dataset.scans import read_label, read_scan, to_canonical
 from dataset.sources import find_nnunet
 from tests.stress import hostile, mutations
-from tests.stress.saves import small_state
+from tests.stress.saves import small_model, small_state
 from tests.stress.stores import (
     made_in_memory,
     make_nnunet,
@@ -35,6 +35,10 @@ from tests.stress.stores import (
     read_volumes,
     verified,
 )
+from tests.toy import FLOAT32, one_group
+from training import restore
+from usam import checkpoint
+from usam.engine import Progress
 from usam.model import build_usam
 from usam.model3d import build_sam_med3d
 from usam.predict3d import read_prompts3d
@@ -90,11 +94,19 @@ def checkpoints() -> list[Kind]:
     turbo = {"model_state_dict": volumes, "args": args, "epoch": 3, "losses": [1.0]}
     official = {f"image_encoder.{n}": torch.zeros(3, 4) for n in range(20)}
     return [
-        _checkpoint("checkpoint", ours, read_checkpoint),
+        _checkpoint("checkpoint", ours, taken_up),
         _checkpoint("published checkpoint", published, read_checkpoint),
         _checkpoint("SAM-Med3D's weights", turbo, load_sam_med3d_checkpoint),
         _checkpoint("SAM's weights", official, read_tensors),
     ]
+
+
+def taken_up(path: Path) -> dict[str, Any]:
+    """Our checkpoint as a run takes it up: weights, optimizer, random state, position."""
+    saved, model = read_checkpoint(path), small_model(0)
+    checkpoint.load_model_state(model, saved["model"], path)
+    restore(saved, one_group(model), FLOAT32.scaler())
+    return vars(Progress(**saved["progress"])) | dict(saved["best"])
 
 
 def stretched(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

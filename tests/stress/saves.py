@@ -31,13 +31,19 @@ SHARE_BY_TIME = 0.2  # of the kills: at a random time rather than at a chosen op
 Saver = Callable[[Path, int, Callable[[int], None]], None]
 
 
-def small_state(number: int) -> dict[str, Any]:
-    """A whole checkpoint whose every weight and sample count is `number`; about 60 kB."""
+def small_model(number: int) -> Toy:
+    """A network whose every weight is `number`, some of them mere ballast."""
     model = Toy()
     model.register_buffer("ballast", torch.zeros(8192))
     with torch.no_grad():
         for value in model.state_dict().values():
             value.fill_(number)
+    return model
+
+
+def small_state(number: int) -> dict[str, Any]:
+    """A whole checkpoint whose every weight and sample count is `number`; about 60 kB."""
+    model = small_model(number)
     return {
         "format": checkpoint.FORMAT,
         "model": model.state_dict(),
@@ -133,7 +139,7 @@ def kill_once(
         return True, found, "weights of two saves in one file"
     if found not in (done, done + 1):
         return True, found, f"save {done} was finished, last.pth holds {found}"
-    if code != -signal.SIGKILL and not (at is None and code == 0):
+    if code not in (0, -signal.SIGKILL):
         return False, found, f"the saver ended with {code}, not by the kill"
     return code == -signal.SIGKILL, found, ""
 
@@ -151,11 +157,12 @@ def run_kills(number: int, seed: int = 0) -> Row:
         folder, current, hits = Path(scratch), 1, 0
         for save, at in plans:
             delay = draw.uniform(0, 0.02)
-            while True:  # a random time may come too late; such a try counts for nothing
+            while True:  # a kill may come too late; such a try counts for nothing
                 killed, current, wrong = kill_once(folder, save, current + 1, at=at, delay=delay)
                 if killed or wrong:
                     break
                 delay /= 2
+                at = at and at._replace(number=at.number - 1)
             hits += killed
             if wrong:
                 row.faults.append(f"{save.__name__} {at}: {wrong}")
