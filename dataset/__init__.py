@@ -71,17 +71,18 @@ def build_dataset(
     empty: float | None = None,
     store: SliceStore | None = None,
     input_mode: str = "2d",
+    fold: int | None = None,
     **extra: Any,
 ) -> SliceDataset:
     """The slices of a split ("train", "val", "test") as a Dataset; see SliceDataset for items.
 
     empty: share of the training slices that may be without foreground, from 0 (none) to 1 (all);
     None leaves it to the data set. `store` spares opening it again. input_mode: "2d" or "2.5d".
-    Validation may be empty (too few cases); training and test may not: FileNotFoundError. Errors
-    of open_store and split_slices pass through.
+    fold: see split_slices. Validation may be empty (too few cases); training and test may not:
+    FileNotFoundError. Errors of open_store and split_slices pass through.
     """
     store = store or open_store(name, data_root, **extra)
-    chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction)
+    chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction, fold=fold)
     if split == "train":
         share = empty if empty is not None else float(not DATASETS[name].foreground_only)
         chosen = thin_out_empty(store, chosen, share, seed)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset.slices import SliceStore
+from dataset.splits import read_fold
 
 TILES = (8, 8)
 CLIP_LIMIT = 2.0  # evaluation
@@ -65,9 +66,17 @@ def thin_out_empty(store: SliceStore, slices: Slices, share: float, seed: int) -
 
 
 def split_slices(
-    store: SliceStore, split: str, *, seed: int = 202307, val_fraction: float = 0.1
+    store: SliceStore,
+    split: str,
+    *,
+    seed: int = 202307,
+    val_fraction: float = 0.1,
+    fold: int | None = None,
 ) -> Slices:
     """(case number, slice) of a split; training and validation never share a case.
+
+    With a fold, from 0, training and validation are the training cases as the store's splits.json
+    divides them; the rest of what is said here is then without effect.
 
     A store with validation cases of its own keeps them. Otherwise `val_fraction` of the training
     cases are drawn by `seed`: 0 makes validation the test split, and with fewer than four cases, or
@@ -77,6 +86,15 @@ def split_slices(
         raise ValueError(f"split {split!r} is not one of train, val, test")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction {val_fraction} must be at least 0 and below 1")
+    if split != "test" and fold is not None:
+        ids = set(read_fold(store.folder, fold)[split])
+        chosen = [s for s in store.slices("train") if store.cases[s[0]]["id"] in ids]
+        if missing := ids - {store.cases[number]["id"] for number, _ in chosen}:
+            raise ValueError(
+                f"--fold {fold}: case {min(missing)} of splits.json is not among the training "
+                f"cases of {store.folder}; prepare it again"
+            )
+        return chosen
     if split == "test" or (split == "val" and val_fraction == 0):
         return store.slices("test")
     if any(case["split"] == "val" for case in store.cases):

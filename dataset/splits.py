@@ -51,6 +51,25 @@ def split_table(
     return table
 
 
+def read_fold(folder: Path, fold: int) -> dict[str, list[str]]:
+    """{"train": ids, "val": ids} of a fold, from 0, of the store in `folder`.
+
+    Raises FileNotFoundError or ValueError where its splits.json has no such fold.
+    """
+    path = folder / "splits.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--fold {fold}: no {path}; prepare the store with --folds N")
+    try:
+        folds = json.loads(path.read_text(encoding="utf-8"))["folds"]
+        parts = [{name: list(map(str, part[name])) for name in ("train", "val")} for part in folds]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no splits as dataset.prepare writes them ({error!r})") from None
+    if fold >= len(parts):
+        known = f"folds 0 to {len(parts) - 1}" if parts else "no folds; prepare it with --folds N"
+        raise ValueError(f"--fold {fold}: {path} has {known}")
+    return parts[fold]
+
+
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes JSON whole or not at all: a temporary file beside it is moved into its place."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

@@ -105,11 +105,34 @@ def test_probabilities_of_zero_stay_finite() -> None:
     assert Averaged([(Sure(), False)], "flip")(torch.zeros(1, 1, 4, 4)).isfinite().all()
 
 
+DATA = {"classes": ["background", "organ"], "img_size": 224, "input": "2d"}
+PATHS = Path("a.pth"), Path("b.pth")
+
+
+def members(*changes: dict[str, Any], **args: Any) -> list[tuple[Path, dict[str, Any]]]:
+    contents = [{"data": DATA | changed, "args": args} for changed in changes]
+    return list(zip(PATHS, contents, strict=True))
+
+
 def test_members_of_other_classes_size_or_input_are_named() -> None:
-    data = {"classes": ["background", "organ"], "img_size": 224, "input": "2d"}
-    paths = Path("a.pth"), Path("b.pth")
-    older = {name: value for name, value in data.items() if name != "input"}
-    check_members(list(zip(paths, (data, older), strict=True)))
+    pair = members({}, {"encoder": "another"})
+    del pair[1][1]["data"]["input"]  # of before there was another input
+    check_members(pair, None)
     for changed in ({"img_size": 256}, {"classes": ["background", "liver"]}, {"input": "2.5d"}):
         with pytest.raises(ValueError, match=f"b.pth has {next(iter(changed))}.*a.pth has"):
-            check_members(list(zip(paths, (data, data | changed), strict=True)))
+            check_members(members({}, changed), None)
+
+
+def test_a_published_member_needs_as_many_classes_only() -> None:
+    unnamed = {"classes": ["background", "class 1"], "point_order": "row_col"}
+    check_members(members({}, unnamed), None)
+    with pytest.raises(ValueError, match="b.pth has classes 3, a.pth has 2"):
+        check_members(members({}, unnamed | {"classes": ["a", "b", "c"]}), None)
+
+
+def test_members_that_saw_the_folds_cases_are_named() -> None:
+    check_members(members({}, {}, fold=1), 1)
+    with pytest.raises(ValueError, match="--fold 0: a.pth was trained with --fold 1"):
+        check_members(members({}, {}, fold=1), 0)
+    with pytest.raises(ValueError, match="a.pth was trained without --fold"):
+        check_members(members({}, {}), 0)

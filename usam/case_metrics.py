@@ -109,19 +109,11 @@ def score_class(
     prediction that touches no truth. Volume differences are predicted less true: in ml (or voxels)
     and in per cent of the true volume, None where that is 0.
     """
-    sizes = np.zeros(3)  # both, predicted, true: voxels
-    volumes = np.zeros(2)  # predicted, true: ml, or voxels
-    lesions = np.zeros(3, int)  # true, found, false
-    for prediction, truth, spacing in masks:
-        both = prediction & truth
-        counts = [np.count_nonzero(mask) for mask in (both, prediction, truth)]
-        sizes += counts
-        volumes += np.array(counts[1:]) * (np.prod(spacing) / 1000 if in_mm else 1)
-        lesions += _lesions(prediction, truth, both)
-    shared, predicted, true = sizes.tolist()
+    sizes, (predicted_volume, true_volume), lesions = _counted(masks, in_mm)
+    shared, predicted, true = sizes
     row: Row = dict.fromkeys(METRICS)
-    row |= {"empty": "", "true_volume": float(volumes[1]), "predicted_volume": float(volumes[0])}
-    row |= dict(zip(("lesions", "lesions_found", "false_lesions"), lesions.tolist(), strict=True))
+    row |= {"empty": "", "true_volume": true_volume, "predicted_volume": predicted_volume}
+    row |= dict(zip(("lesions", "lesions_found", "false_lesions"), lesions, strict=True))
     if not predicted and not true:
         return row | {"empty": "absent"}
     if not predicted or not true:
@@ -133,11 +125,25 @@ def score_class(
         row["iou"] = shared / (predicted + true - shared)
         row["nsd_1"], row["nsd_2"] = map(surfaces.dice, TOLERANCES)
         row["hd95"] = min(surfaces.hausdorff95(), diagonal)
-    row["volume_difference"] = float(volumes[0] - volumes[1])
+    row["volume_difference"] = predicted_volume - true_volume
     if true:
-        row["volume_difference_percent"] = 100 * row["volume_difference"] / row["true_volume"]
+        row["volume_difference_percent"] = 100 * row["volume_difference"] / true_volume
         row["detection_rate"] = row["lesions_found"] / row["lesions"]
     return row
+
+
+def _counted(
+    masks: Sequence[tuple[np.ndarray, np.ndarray, Sequence[float]]], in_mm: bool
+) -> tuple[list[int], list[float], list[int]]:
+    """Voxels in both, predicted, true; volumes predicted, true; lesions true, found, false."""
+    sizes, volumes, lesions = np.zeros(3, int), np.zeros(2), np.zeros(3, int)
+    for prediction, truth, spacing in masks:
+        both = prediction & truth
+        counts = np.array([np.count_nonzero(mask) for mask in (both, prediction, truth)])
+        sizes += counts
+        volumes += counts[1:] * (np.prod(spacing) / 1000 if in_mm else 1)
+        lesions += _lesions(prediction, truth, both)
+    return sizes.tolist(), volumes.tolist(), lesions.tolist()
 
 
 def _lesions(prediction: np.ndarray, truth: np.ndarray, both: np.ndarray) -> tuple[int, int, int]:

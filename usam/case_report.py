@@ -55,7 +55,13 @@ class CaseReport:
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds beside the pooled scores; --merge reads it again."""
         return {
-            "per_case": {"unit": unit_of(self.cases.in_mm), "classes": self.summary},
+            "per_case": {
+                "unit": unit_of(self.cases.in_mm),
+                "classes": self.summary,
+                "worst": [
+                    {key: one[key] for key in ("case", "slice", "dice")} for one in self.cases.worst
+                ],
+            },
             "counts": self.counts.tensors.tolist(),
             "colors": list(self.colors),
         }
@@ -64,14 +70,8 @@ class CaseReport:
     def text(self) -> str:
         """Means over cases as aligned lines, for the terminal."""
         head, rows = overview(self, ("dice", "iou", "hd95", "nsd_1", "nsd_2", "detection_rate"))
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(widths[0]) if not k else cell.rjust(widths[k])
-                      for k, cell in enumerate(row))
-            for row in (head, *rows)
-        ]  # fmt: skip
         title = f"by case ({len(self.cases.rows)} cases), mean ± standard deviation; prompts: "
-        return "\n".join([title + self.facts["prompts"], *lines])
+        return "\n".join([title + self.facts["prompts"], *aligned(head, rows)])
 
 
 def rules(in_mm: bool) -> list[str]:
@@ -128,12 +128,17 @@ def write_report(folder: Path, report: CaseReport) -> Path:
     (folder / "worst").mkdir(exist_ok=True)
     for old in (folder / "worst").glob("*.png"):
         old.unlink()
-    for number, one in enumerate(report.cases.worst, start=1):
-        name = re.sub(r"[^\w.-]", "_", f"{number}_{one['case']}")  # a case may have any name
-        (folder / "worst" / f"{name}.png").write_bytes(b64decode(one["png"]))
+    for place, one in enumerate(report.cases.worst, start=1):
+        path = folder / "worst" / worst_file(place, one["case"])
+        path.write_bytes(b64decode(one["png"]))
     page = folder / "report.html"
     page.write_text(web_page(report, cases, (folder / "boxes.png").read_bytes()))
     return page
+
+
+def worst_file(place: int, case: str) -> str:
+    """The name of the picture of the case in this place among the worst, from 1."""
+    return re.sub(r"[^\w.-]", "_", f"{place}_{case}") + ".png"  # a case may have any name
 
 
 def cases_csv(report: CaseReport) -> str:
@@ -220,6 +225,18 @@ def pooled_table(report: CaseReport) -> tuple[list[str], list[list[str]]]:
             for name, value in pooled["dice"].items()]  # fmt: skip
     rows.append([MEAN, number(pooled["mean_dice"], 4), number(pooled["mean_iou"], 4)])
     return ["class", "Dice", "IoU"], rows
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in (head, *rows)
+    ]
 
 
 def markdown(report: CaseReport) -> str:

@@ -30,6 +30,7 @@ Batch = dict[str, Any]
 TrainingStep = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
+AlterPrompts = Callable[[dict[str, Any], Batch], dict[str, Any]]
 
 PRINT_EVERY = 10  # steps between two looks at numbers that live on the device
 RANK_STRIDE = 15_485_863  # between the seeds of two ranks in one step
@@ -284,6 +285,7 @@ def evaluate(
     prompt_mode: int,
     precision: Precision,
     points_are_row_col: bool = False,
+    alter_prompts: AlterPrompts = lambda prompts, batch: prompts,
     each: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> ClassCounts:
     """Pixel counts of every class over all samples of all processes.
@@ -294,7 +296,7 @@ def evaluate(
     counts = ClassCounts(model.num_classes, precision.device)
     batches = predictions(
         model, loader, prompt_mode=prompt_mode, precision=precision,
-        points_are_row_col=points_are_row_col,
+        points_are_row_col=points_are_row_col, alter_prompts=alter_prompts,
     )  # fmt: skip
     for batch, mask, _, logits in batches:
         counts.update(logits, mask)
@@ -310,16 +312,18 @@ def predictions(
     prompt_mode: int,
     precision: Precision,
     points_are_row_col: bool = False,
+    alter_prompts: AlterPrompts = lambda prompts, batch: prompts,
 ) -> Iterator[tuple[Batch, Tensor, dict[str, Any], Tensor]]:
     """Each batch with its mask (N, H, W), prompts and logits (N, C, H, W), on the device.
 
     Prompts come from the masks by the deterministic rule of `usam.prompts`, points as (x, y);
     `points_are_row_col` swaps them for a published model, which was trained on swapped ones.
+    `alter_prompts` gives others in their place.
     """
     model.eval()
     for batch in tqdm(loader, desc="evaluating", disable=not is_main(), leave=False):
         image, mask = to_device(batch, precision.device)
-        prompts = prompts_from_masks(mask, model.num_classes, prompt_mode)
+        prompts = alter_prompts(prompts_from_masks(mask, model.num_classes, prompt_mode), batch)
         given = dict(prompts)
         if points_are_row_col and prompts["points"] is not None:
             coords, labels = prompts["points"]

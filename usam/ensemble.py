@@ -104,17 +104,32 @@ def _turned_coords(coords: Tensor, view: View, side: int) -> Tensor:
     return torch.stack([x, y], dim=-1)
 
 
-def check_members(members: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
-    """Raises ValueError unless checkpoints (path, "data") can be averaged: one size, one kind.
+def check_members(members: Sequence[tuple[Path, Mapping[str, Any]]], fold: int | None) -> None:
+    """Raises ValueError unless checkpoints (path, content) can be averaged, evaluated on `fold`.
 
-    The encoder's size and how each was trained may differ.
+    They must have learnt the same classes from slices prepared alike, at one size; the encoder's
+    size and the training may differ. Published checkpoints do not know the names of their classes.
+    With a fold each must have been trained with it, so that none has seen its cases.
     """
-    (first, wanted), *others = members
-    for path, data in others:
-        for name, default in SHARED.items():
-            ours, theirs = wanted.get(name, default), data.get(name, default)
+    (first, content), *others = members
+    wanted = _described(content["data"])
+    for path, other in others:
+        found = _described(other["data"])
+        for name in SHARED:
+            ours, theirs = wanted[name], found[name]
+            if name == "classes" and any("point_order" in c["data"] for c in (content, other)):
+                ours, theirs = len(ours), len(theirs)
             if ours != theirs:
                 raise ValueError(
                     f"--resume: {path} has {name} {theirs}, {first} has {ours}; "
                     "only models of the same classes, size and input can be averaged"
                 )
+    for path, other in members if fold is not None else ():
+        trained = other["args"].get("fold")
+        if trained != fold:
+            on = "without --fold" if trained is None else f"with --fold {trained}"
+            raise ValueError(f"--fold {fold}: {path} was trained {on} and has seen these cases")
+
+
+def _described(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data.get(name, default) for name, default in SHARED.items()}

@@ -32,7 +32,8 @@ def one_line(
     text = f"epoch {line['epoch']}: loss {loss}"
     if figures:
         shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
-        text += ", validation Dice " + ", ".join(shown)
+        source = f" (prompts: {line['val']['prompts']})" if "prompts" in line["val"] else ""
+        text += f", validation Dice{source} " + ", ".join(shown)
         text += " (best)" if is_best else ""
     if line["skipped_steps"]:
         text += f", {line['skipped_steps']} steps left out (gradients not finite)"

@@ -5,9 +5,10 @@ u-sam.py saves them beside checkpoints and reports; figures/make_figures.py draw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -127,3 +128,38 @@ def _draw_box(axis: Axes, place: int, values: np.ndarray, color: str) -> None:
     parts["boxes"][0].set(facecolor=(*to_rgb(color), 0.25), edgecolor=color)
     spread = np.random.default_rng(place).uniform(-0.18, 0.18, len(values))
     axis.plot(values, place + spread, "o", color=color, markersize=2.8, alpha=0.75)
+
+
+def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and validation Dice over the epochs of a run as PNG.
+
+    lines: an epoch's figures each, as in log.jsonl: epoch, loss, and val with dice (by name) and
+    mean_dice, where there was a validation. What is None leaves a gap.
+    """
+    scored = [line for line in lines if line.get("val")]
+    figure = Figure(figsize=(6.4 if not scored else 12, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    _draw_curve(axes[0], lines, [line["loss"] for line in lines], color="#1f77b4")
+    axes[0].set(title="training loss", xlabel="epoch")
+    if scored:
+        names = [name for name in scored[0]["val"]["dice"] if name != "background"]
+        for name in names:
+            _draw_curve(axes[1], scored, [line["val"]["dice"][name] for line in scored], label=name)
+        means = [line["val"]["mean_dice"] for line in scored]
+        _draw_curve(axes[1], scored, means, label="mean", color="black", linewidth=2)
+        axes[1].set(title="validation Dice", xlabel="epoch", ylim=(0, 1))
+        legend = axes[1].legend(fontsize=8, ncols=1 + len(names) // 10)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names are no formulas
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_curve(
+    axis: Axes, lines: Sequence[Mapping[str, Any]], values: Sequence[float | None], **how: Any
+) -> None:
+    known = [math.nan if value is None else value for value in values]
+    mark = "o" if len(lines) < 30 else None
+    axis.plot([line["epoch"] for line in lines], known, marker=mark, markersize=3, **how)

@@ -1,0 +1,291 @@
+"""The report of an evaluation: files, tables, rules, several merged, and a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from base64 import b64decode, b64encode
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from usam import html_report, merged_report, report
+from usam.case_evaluation import CaseScores
+from usam.case_metrics import METRICS, score_class
+from usam.case_report import CaseReport, cases_csv, rules, write_report
+from usam.metrics import ClassCounts
+
+pytest.importorskip("monai")
+CLASSES = ["background", "normal <rectum>", "tumour | T3"]
+COLORS = ["#000000", "#00ff00", "#ff0000"]
+FACTS = {
+    "checkpoint": "best.pth", "dataset": "phantom", "split": "test", "slices": 12, "cases": 4,
+    "prompts": "none",
+}  # fmt: skip
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def png(value: int) -> str:
+    """A picture of 40 x 30 pixels of one gray, as base64."""
+    return b64encode(cv2.imencode(".png", np.full((30, 40, 3), value, np.uint8))[1]).decode()
+
+
+def scores(*names: str, in_mm: bool = True) -> CaseScores:
+    """Cases of a cube each class, predicted more or less askew; the last class is missed once."""
+    rows = {}
+    for number, name in enumerate(names):
+        truth = np.zeros((4, 20, 20), bool)
+        truth[1:3, 5:12, 5:12] = True
+        moved = np.roll(truth, number, 2)
+        how = {"diagonal": 30.0, "in_mm": in_mm}
+        second = truth & (number > 0)
+        masks = [(moved, truth, (2, 1, 1))], [(second, truth, (2, 1, 1))]
+        rows[name] = [score_class(of_class, **how) for of_class in masks]
+    worst = [{"case": names[0], "slice": f"{names[0]}_slice1", "dice": 0.5, "png": png(200)}]
+    return CaseScores(rows, dict.fromkeys(names, 3), in_mm, worst)
+
+
+def made(*names: str, **changes: Any) -> CaseReport:
+    counts = ClassCounts(3)
+    truth = torch.arange(3).repeat(4)[None]
+    counts.update(truth.roll(len(names)), truth)
+    cases = scores(*names, in_mm=changes.pop("in_mm", True))
+    return CaseReport(FACTS, CLASSES, COLORS, counts, cases, seed=1, **changes)
+
+
+class Page(HTMLParser):
+    """Addresses, pictures and text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.pictures: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "data"):
+                self.addresses.append(value or "")
+            if tag == "img" and name == "src":
+                self.pictures.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# ------------------------------------------------------------------------------------ one report
+
+
+def test_the_page_holds_all_of_the_report_and_asks_for_nothing_else(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "report", made("a", "b", "c"))
+    page = Page(path)
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert "url(" not in path.read_text()
+    assert len(page.pictures) == 2  # box plots, one worst case
+    for picture in page.pictures:
+        content = b64decode(picture.removeprefix("data:image/png;base64,"))
+        assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) is not None
+    for part in (*CLASSES, *FACTS.values(), "HD95 (mm)", "NSD at 2 mm", "false alarm", "missed"):
+        assert str(part) in page.text
+    for rule in rules(in_mm=True):
+        assert rule in page.text
+    (link,) = [address for address in page.addresses if address.startswith("data:text/csv")]
+    content = b64decode(link.partition(",")[2]).decode()
+    assert content == (tmp_path / "report" / "cases.csv").read_text()
+
+
+def test_files_of_the_report(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    (folder / "worst").mkdir(parents=True)
+    (folder / "worst" / "1_of an earlier report.png").touch()
+    write_report(folder, made("../a b", "b"))
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    assert found == ["boxes.png", "cases.csv", "classes.md", "report.html", "worst/1_.._a_b.png"]
+    assert (folder / "worst" / "1_.._a_b.png").read_bytes() == b64decode(png(200))
+    assert cv2.imread(str(folder / "boxes.png")) is not None
+
+
+def test_cases_are_listed_with_full_precision_and_gaps_where_undefined() -> None:
+    described = made("a", "b", "c")
+    rows = list(csv.DictReader(cases_csv(described).splitlines()))
+    assert [(row["case"], row["class"]) for row in rows] == [
+        (case, name) for case in "abc" for name in CLASSES[1:]
+    ]
+    wanted = described.cases.rows["b"][0]
+    assert {name: float(rows[2][name]) for name in METRICS} == {n: wanted[n] for n in METRICS}
+    assert (rows[1]["empty"], rows[1]["dice"], rows[1]["hd95"]) == ("missed", "0.0", "30.0")
+    assert {row["unit"] for row in rows} == {"mm, ml"}
+    absent = score_class([], diagonal=1.0)
+    described.cases.rows["a"][0] = absent
+    row = next(csv.DictReader(cases_csv(described).splitlines()))
+    assert (row["empty"], row["dice"], row["detection_rate"]) == ("absent", "", "")
+
+
+def test_the_markdown_tables_hold_every_class_in_as_many_columns_as_their_head(
+    tmp_path: Path,
+) -> None:
+    write_report(tmp_path, made("a", "b", "c"))
+    text = (tmp_path / "classes.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 1 + 3 + 1  # classes; each of them and their mean; all pixels
+    for table in tables:
+        lengths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(lengths) == 1, table
+    assert "tumour \\| T3" in tables[0]
+    assert "95 % interval" in text
+
+
+def test_without_mm_tables_and_rules_say_pixels(tmp_path: Path) -> None:
+    described = made("a", "b", in_mm=False)
+    page = Page(write_report(tmp_path, described))
+    assert "HD95 (pixels)" in page.text
+    assert "volume difference (voxels)" in page.text
+    assert "--spacing" in page.text
+    assert "(mm)" not in page.text + (tmp_path / "classes.md").read_text()
+    assert "pixels, voxels" in (tmp_path / "cases.csv").read_text()
+
+
+def test_what_is_printed_names_the_source_of_the_prompts() -> None:
+    lines = made("a", "b").text.splitlines()
+    assert lines[0] == "by case (2 cases), mean ± standard deviation; prompts: none"
+    assert len({len(line) for line in lines[1:]}) == 1
+    line = {
+        "epoch": 3,
+        "loss": 0.5,
+        "skipped_steps": 0,
+        "quarantined": 0,
+        "val": {"prompts": "boxes"},
+    }
+    assert "validation Dice (prompts: boxes) tumour 0.700" in report.one_line(
+        line, {"tumour": 0.7}, 2.0, is_best=False
+    )
+
+
+def test_names_are_text_and_never_markup() -> None:
+    bad = '<img src="http://example.org/x.png" onerror="alert(1)">'
+    page = html_report.page(bad, bad, [
+        html_report.section(bad, html_report.heading(bad), html_report.paragraph(bad)),
+        html_report.table([bad], [[bad]]), html_report.facts({bad: bad}), html_report.items([bad]),
+        html_report.picture(b"", bad), html_report.download(bad, b"", "text/csv"),
+    ])  # fmt: skip
+    assert page.count("<img") == 1
+    assert '<img src="http' not in page
+
+
+# -------------------------------------------------------------------------------- several merged
+
+
+def evaluated(folder: Path, *names: str, **changes: Any) -> Path:
+    """A folder as --eval leaves it."""
+    described = made(*names, **changes)
+    report.write_scores(folder, described.counts, CLASSES, described.facts, described.metrics)
+    write_report(folder / "report", described)
+    return folder
+
+
+def test_folds_merge_into_the_report_of_all_their_cases(tmp_path: Path) -> None:
+    folders = [evaluated(tmp_path / "0", "a", "b"), evaluated(tmp_path / "1", "c", "d", "e")]
+    found = merged_report.merged(folders, seed=1)
+    parts = scores("a", "b").rows | scores("c", "d", "e").rows
+    assert found.cases.rows == parts
+    wanted = made("a", "b").counts.tensors + made("c", "d", "e").counts.tensors
+    assert torch.equal(found.counts.tensors, wanted)
+    assert found.facts["cases"] == 8  # 4 in each of the facts above
+    assert found.facts["split"] == "test"
+    assert found.sources == dict.fromkeys("ab", str(folders[0])) | dict.fromkeys(
+        "cde", str(folders[1])
+    )
+    assert [one["case"] for one in found.cases.worst] == ["a", "c"]
+    head, rows = found.extra[merged_report.FOLDERS]
+    assert [row[1] for row in rows] == ["2", "3", "5"]
+    means = [float(row[head.index("Dice")].split(" ")[0]) for row in rows]
+    assert means[2] == pytest.approx((means[0] + means[1]) / 2, abs=1e-4)
+    page = Page(write_report(tmp_path / "all", found))
+    assert len(page.pictures) == 3
+    first = next(csv.DictReader((tmp_path / "all" / "cases.csv").open()))
+    assert (first["from"], first["case"]) == (str(folders[0]), "a")
+
+
+def test_a_merged_report_can_be_merged_again(tmp_path: Path) -> None:
+    folders = [evaluated(tmp_path / "0", "a"), evaluated(tmp_path / "1", "b")]
+    found = merged_report.merged(folders, seed=1)
+    report.write_scores(tmp_path / "2", found.counts, CLASSES, found.facts, found.metrics)
+    write_report(tmp_path / "2" / "report", found)
+    again = merged_report.merged([tmp_path / "2", evaluated(tmp_path / "3", "c")], seed=1)
+    assert list(again.cases.rows) == ["a", "b", "c"]
+
+
+def test_folders_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
+    first = evaluated(tmp_path / "0", "a", "b")
+    twice, pixels = evaluated(tmp_path / "1", "b"), evaluated(tmp_path / "2", "c", in_mm=False)
+    with pytest.raises(ValueError, match=f"case b is in {first} and in {twice}"):
+        merged_report.merged([first, twice], seed=1)
+    with pytest.raises(ValueError, match=f"{pixels} has units pixels"):
+        merged_report.merged([first, pixels], seed=1)
+    with pytest.raises(FileNotFoundError, match="--output_dir of an --eval"):
+        merged_report.merged([first, tmp_path], seed=1)
+    old = json.loads((twice / "metrics.json").read_text())
+    del old["counts"]
+    (twice / "metrics.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=f"{twice} holds no report of this version"):
+        merged_report.merged([twice], seed=1)
+
+
+# ------------------------------------------------------------------------------------ a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = [path for name in BROWSERS if (path := shutil.which(name))]
+    if not found:
+        pytest.skip(f"no browser; looked for {', '.join(BROWSERS)}")
+    return found[0]
+
+
+def open_page(browser: str, page: Path, *flags: str) -> str:
+    """What a browser without any network says to a page."""
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={page.parent / 'browser'}", *flags, page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_a_browser_without_network_shows_every_figure(tmp_path: Path, browser: str) -> None:
+    page = write_report(tmp_path / "report", made("a", "b", "c"))
+    asked = page.with_name("asked.html")  # the page, and a question to the browser
+    asked.write_text(page.read_text() + (
+        "<script>addEventListener('load', () => { document.title = 'shown: ' + "
+        "[...document.images].map(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 0); "
+        "})</script>"
+    ))  # fmt: skip
+    shown = re.search("<title>shown: (.*?)</title>", open_page(browser, asked, "--dump-dom"))
+    assert shown
+    assert shown[1].split(",") == ["true"] * len(Page(page).pictures)
+
+
+def test_a_screenshot_holds_the_figures_pixels(tmp_path: Path, browser: str) -> None:
+    described = made("a", "b", "c")
+    described.cases.worst[0]["png"] = b64encode(
+        cv2.imencode(".png", np.full((200, 300, 3), (13, 77, 201), np.uint8))[1]
+    ).decode()
+    page = write_report(tmp_path / "report", described)
+    target = tmp_path / "page.png"
+    open_page(browser, page, "--window-size=1200,3000", f"--screenshot={target}")
+    picture = cv2.imread(str(target))
+    assert picture.shape == (3000, 1200, 3)
+    assert (picture == (13, 77, 201)).all(axis=-1).sum() == 200 * 300
+    assert (picture == (255, 255, 255)).all(axis=-1).mean() < 0.97

@@ -1,0 +1,73 @@
+"""Folds of a prepared store: who trains, who validates, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset import build_dataset
+from dataset.slices import SliceStore, write_case, write_index
+from dataset.splits import read_fold, split_table, write_json
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    cases, splits = [], []
+    mask = np.ones((2, 8, 8), np.uint8)
+    for number in range(8):
+        split = "test" if number == 7 else "val" if number == 6 else "train"
+        name = f"case{number}"
+        entry = {
+            "id": name,
+            "split": split,
+            "file": name,
+            "slices": [f"{name}_{k}" for k in (0, 1)],
+        }
+        cases.append(write_case(tmp_path, entry, mask * 9, mask))
+        splits.append((name, split))
+    classes = [{"id": 0, "name": "rest"}, {"id": 1, "name": "organ"}]
+    write_index(tmp_path, {"classes": classes, "orientation": "LPS", "cases": cases})
+    write_json(tmp_path / "splits.json", split_table(splits, folds=3, seed=1))
+    return tmp_path
+
+
+def cases_of(store: Path, split: str, fold: int | None) -> list[str]:
+    return build_dataset("store", split, data_root=store, img_size=16, fold=fold).case_ids
+
+
+def test_every_training_case_validates_in_one_fold_and_trains_in_the_others(store: Path) -> None:
+    everyone = [f"case{number}" for number in range(6)]
+    validated = []
+    for fold in range(3):
+        train, val = (cases_of(store, split, fold) for split in ("train", "val"))
+        assert sorted(train + val) == everyone
+        assert len(val) == 2
+        validated += val
+        assert cases_of(store, "test", fold) == ["case7"]
+    assert sorted(validated) == everyone
+    assert cases_of(store, "val", None) == ["case6"]  # the store's own, as ever
+
+
+def test_folds_that_are_not_there_are_told_in_one_line(store: Path) -> None:
+    with pytest.raises(ValueError, match=r"--fold 3: .*splits.json has folds 0 to 2"):
+        cases_of(store, "train", 3)
+    write_json(store / "splits.json", {"train": [], "val": [], "test": [], "folds": []})
+    with pytest.raises(ValueError, match="no folds; prepare it with --folds N"):
+        read_fold(store, 0)
+    (store / "splits.json").write_text('{"folds": [{"train": 3}]}')
+    with pytest.raises(ValueError, match="no splits as dataset.prepare writes them"):
+        read_fold(store, 0)
+    (store / "splits.json").unlink()
+    with pytest.raises(FileNotFoundError, match="prepare the store with --folds N"):
+        cases_of(store, "val", 0)
+
+
+def test_folds_of_other_cases_than_the_stores_are_refused(store: Path) -> None:
+    table = json.loads((store / "splits.json").read_text())
+    table["folds"][0]["val"].append("case99")
+    (store / "splits.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="case99 of splits.json is not among the training cases"):
+        build_dataset("store", "val", store=SliceStore(store), fold=0)

@@ -1,0 +1,160 @@
+"""One report made of several: of the folds of a cross-validation, or of any evaluations apart.
+
+u-sam.py calls it for --merge; the folders are those that --eval wrote.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from usam.case_evaluation import NUM_WORST, CaseScores
+from usam.case_metrics import MEAN, METRICS, Row, describe, mean_row
+from usam.case_report import LESIONS, VOLUMES, CaseReport, number, title_of, with_spread, worst_file
+from usam.metrics import ClassCounts
+
+FOLDERS = "Each folder"
+SHOWN = ("dice", "iou", "hd95", "nsd_1", "nsd_2")
+
+
+class Evaluated(NamedTuple):
+    """What a folder of --eval holds: metrics.json, the rows of report/cases.csv by case."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    rows: dict[str, list[Row]]
+    num_slices: dict[str, int]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label id."""
+        return list(self.metrics["dice"])
+
+
+def merged(folders: Sequence[Path], seed: int) -> CaseReport:
+    """The report of all cases of `folders`, each case in one of them only.
+
+    Raises FileNotFoundError where a folder holds no report, ValueError where classes or units
+    differ or a case comes twice.
+    """
+    parts = [read_evaluated(folder) for folder in folders]
+    sources = check_parts(parts)
+    counts = ClassCounts(len(parts[0].classes))
+    counts.tensors += sum(torch.tensor(part.metrics["counts"]) for part in parts)
+    cases = CaseScores(
+        rows={case: rows for part in parts for case, rows in part.rows.items()},
+        num_slices={case: n for part in parts for case, n in part.num_slices.items()},
+        in_mm=parts[0].metrics["per_case"]["unit"].startswith("mm"),
+        worst=worst_of(parts),
+    )
+    return CaseReport(
+        facts=joined_facts([part.metrics for part in parts]),
+        classes=parts[0].classes,
+        colors=parts[0].metrics["colors"],
+        counts=counts,
+        cases=cases,
+        seed=seed,
+        sources=sources,
+        extra={FOLDERS: folder_table(parts, cases.in_mm, seed)},
+    )
+
+
+def read_evaluated(folder: Path) -> Evaluated:
+    """What --eval wrote into `folder`; FileNotFoundError or ValueError where it did not."""
+    table = folder / "report" / "cases.csv"
+    for path in (folder / "metrics.json", table):
+        if not path.is_file():
+            raise FileNotFoundError(f"--merge: no {path}; name the --output_dir of an --eval")
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        rows: dict[str, list[Row]] = {}
+        num_slices = {}
+        with table.open(newline="") as file:
+            for line in csv.DictReader(file):
+                rows.setdefault(line["case"], []).append(_row(line))
+                num_slices[line["case"]] = int(line["slices"])
+        for key in ("counts", "colors", "per_case", "dice"):
+            metrics[key]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"--merge: {folder} holds no report of this version ({error!r})") from None
+    return Evaluated(folder, metrics, rows, num_slices)
+
+
+def _row(line: Mapping[str, str]) -> Row:
+    row: Row = {name: float(line[name]) if line[name] else None for name in (*METRICS, *VOLUMES)}
+    return row | {name: int(line[name]) for name in LESIONS} | {"empty": line["empty"]}
+
+
+def check_parts(parts: Sequence[Evaluated]) -> dict[str, str]:
+    """The folder of each case; raises ValueError where `parts` do not make one report."""
+    first, sources = parts[0], {}
+    for part in parts:
+        for what, ours, theirs in (
+            ("classes", first.classes, part.classes),
+            ("units", first.metrics["per_case"]["unit"], part.metrics["per_case"]["unit"]),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"--merge: {part.folder} has {what} {theirs}, {first.folder} has {ours}"
+                )
+        for case in part.rows:
+            if case in sources:
+                raise ValueError(
+                    f"--merge: case {case} is in {sources[case]} and in {part.folder}; "
+                    "cases count once"
+                )
+            sources[case] = str(part.folder)
+    return sources
+
+
+def joined_facts(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was evaluated: numbers of slices and cases summed up, all else listed once each."""
+    names = ("checkpoint", "dataset", "split", "slices", "cases", "prompts", "views")
+    found: dict[str, Any] = {}
+    for name in names:
+        values = [one[name] for one in metrics if name in one]
+        if name in ("slices", "cases"):
+            found[name] = sum(values)
+        elif values:
+            found[name] = ", ".join(dict.fromkeys(map(str, values)))
+    return found
+
+
+def worst_of(parts: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """The worst cases of all, as far as their folders still hold the pictures."""
+    found = []
+    for part in parts:
+        for place, one in enumerate(part.metrics["per_case"]["worst"], start=1):
+            path = part.folder / "report" / "worst" / worst_file(place, one["case"])
+            if path.is_file():
+                found.append({**one, "png": b64encode(path.read_bytes()).decode()})
+    return sorted(found, key=lambda one: (one["dice"], one["case"]))[:NUM_WORST]
+
+
+def folder_table(
+    parts: Sequence[Evaluated], in_mm: bool, seed: int
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each folder's means over its cases, then mean and deviation over folders."""
+    head = ["folder", "cases", *(title_of(metric, in_mm) for metric in SHOWN)]
+    rows, means = [], []
+    for part in parts:
+        of_cases = [mean_row(of_classes) for of_classes in part.rows.values()]
+        found = {
+            name: describe([row[name] for row in of_cases if row[name] is not None], seed)
+            for name in SHOWN
+        }
+        means.append({name: figures["mean"] for name, figures in found.items()})
+        cells = [with_spread(found[name], METRICS[name].decimals) for name in SHOWN]
+        rows.append([f"{part.folder}, {MEAN}", str(len(part.rows)), *cells])
+    last = []
+    for name in SHOWN:
+        known = describe([one[name] for one in means if one[name] is not None], seed)
+        last.append(with_spread(known, METRICS[name].decimals))
+    total = number(sum(len(part.rows) for part in parts), 0)
+    return head, [*rows, ["mean ± standard deviation over folders", total, *last]]

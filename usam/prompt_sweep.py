@@ -1,0 +1,108 @@
+"""How scores depend on prompts: every prompt mode, exact and set as carelessly as users may.
+
+u-sam.py runs it with --eval --prompt_sweep; its table becomes part of the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from usam import engine
+from usam.case_metrics import MEAN
+from usam.distributed import is_main
+from usam.engine import Batch
+from usam.metrics import ClassCounts
+from usam.prompts import PROMPT_MODES, jittered
+from usam.recipes import jitter_pixels
+from usam.report import PROMPT_SOURCES
+
+JITTERS = ("0", "2%", "5%", "10%")  # of the image's side, either way
+TITLE = "Prompts"
+
+
+class Swept(NamedTuple):
+    """Pixels counted with one way of prompting: a mode and a jitter (as --prompt_jitter's)."""
+
+    mode: int
+    jitter: str
+    counts: ClassCounts
+
+    @property
+    def source(self) -> str:
+        """Where the prompts came from, in words."""
+        moved = "" if self.jitter == "0" else f", off by up to {self.jitter} of the image's side"
+        return PROMPT_SOURCES[self.mode] + moved
+
+
+def sweep_prompts(
+    model: nn.Module, loader: DataLoader, *, img_size: int, seed: int, **how: Any
+) -> list[Swept]:
+    """Pixel counts for each of PROMPT_MODES and JITTERS over all samples of all processes.
+
+    how: keyword arguments of `engine.evaluate` but for the prompts. What a prompt is off by
+    depends on `seed`, the jitter and the slice alone.
+    """
+    ways = [
+        (mode, jitter) for mode in PROMPT_MODES for jitter in (JITTERS if mode else JITTERS[:1])
+    ]
+    found = []
+    for mode, jitter in tqdm(ways, desc="prompts", disable=not is_main(), leave=False):
+        pixels = jitter_pixels(jitter, img_size)
+        alter = partial(move_prompts, pixels=pixels, img_size=img_size, seed=seed)
+        counts = engine.evaluate(
+            model, loader, prompt_mode=mode, **how, **({"alter_prompts": alter} if pixels else {})
+        )
+        found.append(Swept(mode, jitter, counts))
+    return found
+
+
+def move_prompts(
+    prompts: dict[str, Any], batch: Batch, *, pixels: float, img_size: int, seed: int
+) -> dict[str, Any]:
+    """`jittered` prompts, each sample's by a generator of its own, made from `seed` and its id."""
+    points, boxes = prompts["points"], prompts["boxes"]
+    moved = []
+    for n, name in enumerate(batch["id"]):
+        own = slice(n, n + 1)
+        one = {
+            "points": points and tuple(part[own] for part in points),
+            "boxes": None if boxes is None else boxes[own],
+        }
+        generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
+        moved.append(jittered(one, pixels, img_size, generator))
+    return {
+        "points": points and tuple(torch.cat([one["points"][k] for one in moved]) for k in (0, 1)),
+        "boxes": None if boxes is None else torch.cat([one["boxes"] for one in moved]),
+    }
+
+
+def sweep_table(
+    found: Sequence[Swept], classes: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: source of the prompts, Dice of each class and means, of all pixels."""
+    head = ["prompts", *(f"Dice, {name}" for name in classes[1:]), f"Dice, {MEAN}", f"IoU, {MEAN}"]
+    rows = []
+    for one in found:
+        summary = one.counts.summary(classes)
+        scores = [summary["dice"][name] for name in classes[1:]]
+        scores += [summary["mean_dice"], summary["mean_iou"]]
+        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
+        rows.append([one.source, *cells])
+    return head, rows
+
+
+def sweep_facts(found: Sequence[Swept], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The same for metrics.json: mode, jitter, source and the summary of `ClassCounts` of each."""
+    return [
+        {"prompt_mode": one.mode, "prompt_jitter": one.jitter, "prompts": one.source}
+        | one.counts.summary(classes)
+        for one in found
+    ]

@@ -1,0 +1,74 @@
+"""How a run goes, to be looked at while it trains: curves.png, and TensorBoard if asked for.
+
+training.py tells it of every epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from usam.distributed import is_main
+from usam.visualize import draw_run_curves
+
+SHARE = 0.1  # of the time that drawing may take
+
+
+class RunCurves:
+    """Draws curves.png of log.jsonl in `folder` and writes `folder`/tensorboard; rank 0 only.
+
+    A drawing takes a third of a second; where epochs are so short that this would be more than a
+    tenth of the time, some are passed over, but never the last. first_epoch: the one that
+    comes next; TensorBoard forgets what it knows of it and later ones. Raises ValueError where
+    `tensorboard` is wanted and not installed.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, first_epoch: int) -> None:
+        self.folder = folder
+        self._cost, self._drawn = 0.0, time.perf_counter()
+        self._writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # an optional extra
+            except ImportError as error:
+                raise ValueError(
+                    f"--tensorboard needs TensorBoard ({error}): pip install tensorboard"
+                ) from None
+            if is_main():
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+
+    def add(self, line: Mapping[str, Any], *, last: bool) -> None:
+        """Show the epoch that `line`, already in log.jsonl, is of; `last`: none follows."""
+        if not is_main():
+            return
+        if self._writer:
+            for name, value in scalars(line).items():
+                self._writer.add_scalar(name, value, line["epoch"])
+            self._writer.flush()
+        started = time.perf_counter()
+        if last or self._cost <= SHARE * (started - self._drawn):
+            self._draw()
+            self._drawn = time.perf_counter()
+            self._cost = self._drawn - started
+        if last and self._writer:
+            self._writer.close()
+
+    def _draw(self) -> None:
+        """Draw beside the file and put it in its place: a viewer always sees a whole one."""
+        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        scratch = self.folder / f".curves.{os.getpid()}.png"
+        draw_run_curves(scratch, lines)
+        os.replace(scratch, self.folder / "curves.png")
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an epoch that are not None, by the names TensorBoard groups them by."""
+    named = {"loss": line["loss"], "learning_rate": line["lr"]}
+    if line.get("val"):
+        named |= {f"dice/{name}": value for name, value in line["val"]["dice"].items()}
+        named["dice/mean"] = line["val"]["mean_dice"]
+    return {name: value for name, value in named.items() if value is not None}
