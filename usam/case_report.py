@@ -25,6 +25,7 @@ LESIONS = ("lesions", "lesions_found", "false_lesions")
 VOLUMES = ("true_volume", "predicted_volume")
 COLUMNS = ("case", "slices", "class", "empty", *METRICS, *LESIONS, *VOLUMES)
 BOXES = ("dice", "iou", "hd95", "nsd_1", "nsd_2", "volume_difference")
+MOST_DECIMALS = 3  # in the table of all classes
 DETAILS = ("n", "mean", "SD", "median", "95 % interval of the mean")
 
 
@@ -180,10 +181,12 @@ def overview(
     report: CaseReport, metrics: Iterable[str] = tuple(METRICS)
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of classes: mean and standard deviation of each metric."""
-    head = ["class", *(title_of(metric, report.cases.in_mm) for metric in metrics), "lesions"]
+    head = ["class", *(title_of(metric, report.cases.in_mm) for metric in metrics), "lesions found"]
     rows = []
     for name, figures in report.summary.items():
-        cells = [with_spread(figures[metric], METRICS[metric].decimals) for metric in metrics]
+        cells = [
+            with_spread(figures[metric], min(METRICS[metric].decimals, 3)) for metric in metrics
+        ]
         rows.append([name, *cells, lesions_text(figures["lesions"])])
     return head, rows
 
@@ -210,12 +213,12 @@ def with_spread(figures: Mapping[str, Any], decimals: int) -> str:
 def lesions_text(lesions: Mapping[str, int]) -> str:
     """How many lesions were found, and how many false ones."""
     found, total, false = (lesions[key] for key in ("lesions_found", "lesions", "false_lesions"))
-    return f"{found} of {total} found, {false} false"
+    return f"{found} of {total}, {false} false"
 
 
 def number(value: float | None, decimals: int) -> str:
     """A figure for a table; a dash where there is none."""
-    return "-" if value is None else f"{value:.{decimals}f}"
+    return "-" if value is None else f"{round(value, decimals) + 0.0:.{decimals}f}"  # no -0.0
 
 
 def pooled_table(report: CaseReport) -> tuple[list[str], list[list[str]]]:
@@ -293,7 +296,7 @@ def web_page(report: CaseReport, cases: str, boxes: bytes) -> str:
 def case_table(report: CaseReport) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of all cases and classes."""
     head = ["case", "class", *(title_of(metric, report.cases.in_mm) for metric in METRICS),
-            "lesions", ""]  # fmt: skip
+            "lesions found", ""]  # fmt: skip
     rows = []
     for case, name, row in case_rows(report):
         figures = [number(row[metric], METRICS[metric].decimals) for metric in METRICS]

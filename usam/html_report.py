@@ -12,7 +12,7 @@ from html import escape
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1c2733;
-  max-width: 1140px; margin: 0 auto; padding: 24px 20px 60px; background: #fff; }
+  max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; background: #fff; }
 h1 { font-size: 26px; margin: 0 0 4px; }
 h2 { font-size: 19px; margin: 38px 0 10px; padding-bottom: 4px; border-bottom: 1px solid #d5dce3; }
 h3 { font-size: 15px; margin: 22px 0 6px; }
@@ -20,11 +20,11 @@ p, li { max-width: 78ch; }
 .wide { overflow: auto; max-height: 620px; border: 1px solid #d5dce3; border-radius: 6px;
   width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 9px; text-align: right; white-space: nowrap;
+th, td { padding: 4px 7px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #e6ebf0; }
 th { background: #f2f5f8; font-weight: 600; position: sticky; top: 0; white-space: normal;
   vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9em; }
 tr:last-child td { border-bottom: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 12px 0; }
 dt { color: #5a6a7a; } dd { margin: 0; overflow-wrap: anywhere; }
