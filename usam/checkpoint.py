@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -45,11 +46,28 @@ def save(path: Path, state: Mapping[str, Any], *, keep: int = 0) -> None:
         with contextlib.suppress(OSError):  # a folder that has become read-only
             temporary.unlink(missing_ok=True)
             old.unlink(missing_ok=True)
-        raise OSError(f"could not save {path}: {error}") from error
+        where = f"{path}{space_beside(path)}"
+        raise OSError(f"could not save {where}: {reason_of(error)}") from error
     try:
         retire(path, old, keep)
     except OSError as error:
         print(f"warning: an older {path.name} stays where it is: {error}", flush=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """What the disk said, where torch's zip writer hides it behind an error of its own."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return str(found or error)
+
+
+def space_beside(path: Path) -> str:
+    """How much is free where a save failed, as a part of a sentence, if that can be told."""
+    try:
+        return f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free there)"
+    except OSError:
+        return ""
 
 
 def sync_folder(folder: Path) -> None:
