@@ -124,7 +124,7 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
         "weight_decay": 0.5, "warmup": False, "clip_max_norm": 7.0, "seed": 1, "ema": 0.5,
         "prompt_jitter": "9", "augment": "strong", "class_weights": "balanced",
         "focal_gamma": 2.0, "foreground_share": 0.5, "sam_model": "vit_b", "img_size": 64,
-        "input": "2.5d", "model": "sam-med3d",
+        "input": "2.5d", "model": "sam-med3d", "adapter": "none", "tuning": "lora", "fold": 1,
     },
     "said": {
         "epochs": 5, "patience": 9, "batch_size": 2, "num_workers": 3, "device": "cuda",
@@ -137,6 +137,8 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
         "init": "a.pth", "eval": True, "predict": "a.nii", "window": "b", "channel": 1,
         "box": "b", "slice": "b", "point": "b", "mm": True, "prompts": "b", "init_mask": "b",
         "probabilities": True, "overlay": True, "largest_component": True,
+        "small_checkpoints": True, "lora_weight": "a", "export_lora": "a", "spacing": "a",
+        "merge": "a", "ensemble": "a", "tta": "a", "prompt_sweep": True, "tensorboard": True,
         "clicks": "largest", "classes": "a", "no_flips": True, "rel_pos": "published", "rounds": 3,
     },
 }  # fmt: skip
@@ -165,7 +167,8 @@ def test_every_argument_of_a_checkpoint_is_compared_or_free(trained: Path) -> No
     words += ["--device", "cpu", "--amp", "off", "--num_workers", "0", "--resume", "last.pth"]
     decisive = flags.DEFAULTS["u-sam"].keys() - flags.NOT_DECISIVE
     for kind, names in CHANGED.items():
-        for name, value in names.items():
+        for name in saved["args"].keys() & names:
+            value = names[name]
             changed = saved | {"args": saved["args"] | {name: value}}
             changed["data"] = saved["data"] | ({name: value} if name in saved["data"] else {})
             try:

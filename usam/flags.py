@@ -76,7 +76,9 @@ ONLY_FOR = {  # flags without a default that one model has
 DATASETS_3D = ("volumes", "phantom3d")
 BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
 DESCRIBED = ("sam_model", "img_size", "input", "prompt_mode", "rel_pos")  # as a checkpoint's is
-NOT_DECISIVE = ("epochs", "patience", "batch_size", "recipe", "clicks")  # for a resumed training
+NOT_DECISIVE = (  # for a training that goes on
+    "epochs", "patience", "batch_size", "recipe", "clicks", "small_checkpoints",
+)  # fmt: skip
 SINCE = {"input": "2d"}  # what is described thus in checkpoints older than the flag
 
 

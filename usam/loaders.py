@@ -5,18 +5,27 @@ u-sam.py and sam_med3d.py make theirs here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from usam.distributed import EvaluationShard
-from usam.preemption import sit_out_signals
+from usam.preemption import signals_held, sit_out_signals
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers sit out the signals that ask a run to stop, from their start."""
+
+    def __iter__(self) -> Iterator[Any]:
+        with signals_held():
+            return super().__iter__()
 
 
 def loader_for(data: Dataset, num_workers: int, **how: Any) -> DataLoader:
     """A loader over `data`; `how` names the sampler or batch sampler."""
-    return DataLoader(
+    return Loader(
         data, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0, generator=torch.Generator(),
         worker_init_fn=sit_out_signals, **how,

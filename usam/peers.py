@@ -26,7 +26,7 @@ SECONDS = 0.5  # between two signs of life
 GRACE = 2.0  # seconds a process has to say itself what it ran into
 SAVING = 10.0  # seconds a save under way may take to its end
 PATIENCE = timedelta(days=7)  # with a process that is stopped, but alive
-GONE = "u-sam.py: error: another process of this run has ended; see what it said"
+GONE = "u-sam.py: another process of this run has ended; see what it said"
 # What a collective of the gloo backend says where the other side is no more.
 LOST = re.compile("closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
 

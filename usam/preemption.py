@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -113,21 +114,32 @@ class Watched:
         samples_at_once = self._loader.batch_size * world_size()
         batches = iter(self._loader)
         for number in range(math.ceil(len(self._loader.dataset) / samples_at_once)):
-            if self._stop.asked(at_once=number == 0):
+            if number and self._stop.asked(at_once=number == 1):  # one batch there is always
                 return
             batch = next(batches, None)
             if batch is not None:
                 yield batch
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """A context in which no signal comes through; processes started in it begin deaf to them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def sit_out_signals(worker: int) -> None:
     """Let a loader's worker end with its process, not by signals that are sent to all of them.
 
     A scheduler signals whole process groups, and a worker that obeys takes the unsaved run with
-    it. Only its own process may end it by SIGTERM, as torch does where one hangs at exit.
+    it. Only its own process may end it by SIGTERM, as torch does where one hangs at exit. The
+    worker was started with `signals_held`.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS, which does not tell who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = os.getppid()
