@@ -32,7 +32,7 @@ from dataset.scans import parse_window
 from dataset.transforms import AUGMENTATIONS
 from sam_med3d import Train, run_volumes
 from training import train
-from usam import checkpoint, distributed, engine, peers, report, resume, weights
+from usam import checkpoint, distributed, engine, peers, report, resume, sam_file, weights
 from usam.average import averaged
 from usam.case_evaluation import evaluate_cases
 from usam.case_report import CaseReport, write_report
@@ -41,13 +41,16 @@ from usam.engine import Precision
 from usam.flags import parse_flags, settle
 from usam.job import Job, Summary, Watch
 from usam.loaders import evaluation_loader
+from usam.lora_file import load_lora, save_lora
 from usam.model import USam, build_usam
+from usam.model_size import count_parameters, multiply_accumulates
 from usam.predict import Predictor, predict_scans
 from usam.preemption import StopRequest
 from usam.prompts import MIXED
 from usam.recipes import chosen_loss, jitter_pixels
 from usam.scan_output import class_colors
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
+from usam.small_checkpoint import base_of_run
 
 BAD_INPUT = 2  # exit code
 NUM_OVERLAYS = 8
@@ -72,6 +75,9 @@ def run_slices(
     args: Namespace, precision: Precision, saved: dict[str, Any] | None, train: Train
 ) -> None:
     """U-SAM on slices: data, model, then training or evaluation; or prediction, without data."""
+    if args.export_lora:
+        export_lora(args, saved)
+        return
     if args.predict:
         predict_slices(args, precision, saved)
         return
@@ -85,20 +91,46 @@ def run_slices(
             f"--dataset {args.dataset} has {len(classes)}"
         )
     checkpoint.seed_generators(args.seed)
-    model = build_usam(args.sam_model, num_classes=len(classes), img_size=args.img_size)
     if saved:
-        checkpoint.load_model_state(model, saved["model"], args.resume)
+        model = weights.load_usam(saved, args.resume, args.sam_weight, merge=args.eval)
         say(f"{args.resume}: {args.sam_model} at {args.img_size} pixels")
     else:
-        with distributed.main_process_first():
-            say(weights.initialize(model, args.sam_model, args.sam_weight, init=args.init))
+        model = fresh_model(args, len(classes))
     model.to(precision.device)
     if args.eval:
         evaluate(args, precision, model, data["test"], weights.points_are_row_col(saved))
         return
-    job = slices_job(args, precision, model, data)
+    job = slices_job(args, precision, model, data, described=described(args, saved))
     say_what_is_trained(args, job, data)
     train(args, precision, job, saved)
+
+
+def fresh_model(args: Namespace, num_classes: int) -> USam:
+    """The model that the flags describe, started from SAM's weights and, if given, a LoRA file."""
+    model = build_usam(args.sam_model, num_classes, args.img_size, args.adapter, args.tuning)
+    with distributed.main_process_first():
+        say(weights.initialize(model, args.sam_model, args.sam_weight, init=args.init))
+    if args.lora_weight:
+        say(load_lora(model, args.lora_weight))
+    return model
+
+
+def described(args: Namespace, saved: dict[str, Any] | None) -> dict[str, Any]:
+    """What a training run's checkpoints say of the model, beside what they say of the data."""
+    with_file = args.small_checkpoints and not (saved or args.init)
+    sam_weights = sam_file.find(args.sam_model, args.sam_weight) if with_file else None
+    base = base_of_run(
+        saved, small=args.small_checkpoints, tuning=args.tuning, sam_weights=sam_weights
+    )
+    facts = {name: getattr(args, name) for name in ("prompt_mode", "adapter", "tuning")}
+    return facts | ({"base": base} if base else {})
+
+
+def export_lora(args: Namespace, saved: dict[str, Any]) -> None:
+    """Write the LoRA of `--resume`, averaged where it holds an average, for other programs."""
+    if distributed.is_main():
+        with_decoder = args.adapter == "none"
+        say(save_lora(averaged(saved)["model"], args.export_lora, with_decoder=with_decoder))
 
 
 def load_split(args: Namespace, split: str) -> SliceDataset:
@@ -113,9 +145,14 @@ def load_split(args: Namespace, split: str) -> SliceDataset:
 
 
 def slices_job(
-    args: Namespace, precision: Precision, model: USam, data: dict[str, SliceDataset]
+    args: Namespace,
+    precision: Precision,
+    model: USam,
+    data: dict[str, SliceDataset],
+    *,
+    described: dict[str, Any],
 ) -> Job:
-    """U-SAM's training on `data`, its "train" and "val" splits."""
+    """U-SAM's training on `data`, its "train" and "val" splits; described: see `described`."""
     how = {"num_workers": args.num_workers, "batch_size": args.batch_size}
     validation, classes = evaluation_loader(data["val"], **how), data["val"].classes
     mode = 0 if args.prompt_mode == MIXED else args.prompt_mode
@@ -142,16 +179,21 @@ def slices_job(
         ),
         validate=validate if len(data["val"]) else None,
         shown=shown,
-        info=data["train"].info | {"prompt_mode": args.prompt_mode},
+        info=data["train"].info | described,
         favoured=distributed.Favoured(args.foreground_share, data["train"].by_class),
     )
 
 
 def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
     """Print the sizes of what is about to be trained, and what the best is chosen by."""
-    million = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
+    image = 1, 3, args.img_size, args.img_size
     say(
-        f"U-SAM {args.sam_model} at {args.img_size} pixels, {million:.1f} M trained parameters; "
+        f"U-SAM {args.sam_model} at {args.img_size} pixels, --adapter {args.adapter} --tuning "
+        f"{args.tuning}: {count_parameters(job.model.parts())}; "
+        f"{multiply_accumulates(job.model, *image) / 1e9:.2f} G multiply-accumulates a slice (the "
+        "paper's GFLOPs)"
+    )
+    say(
         f"{args.dataset}: {len(data['train'])} training slices, {len(data['val'])} to validate on; "
         f"{args.input} input, {args.recipe} recipe"
     )
@@ -212,8 +254,7 @@ def evaluate(
 def predict_slices(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
     """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
     data, scans = saved["data"], find_scans(args.predict)
-    model = build_usam(args.sam_model, len(data["classes"]), args.img_size)
-    checkpoint.load_model_state(model, saved["model"], args.resume)
+    model = weights.load_usam(saved, args.resume, args.sam_weight, merge=True)
     predictor = Predictor(
         model.to(precision.device), precision, data, prompt_mode=args.prompt_mode,
         points_are_row_col=weights.points_are_row_col(saved), batch_size=args.batch_size,

@@ -263,30 +263,41 @@ def test_a_small_checkpoint_is_completed_from_sams_file(
 ) -> None:
     model = tiny(adapter=adapter)
     sam_file.load_sam_checkpoint(model, sam_weights)
-    base = small_checkpoint.base_record(sam_weights)
-    path = saved(shaken(model), tmp_path / "small.pth", base=base)
+    base = small_checkpoint.base_of_run(None, small=True, tuning="lora", sam_weights=sam_weights)
+    path = saved(shaken(model), tmp_path / "small.pth", base=base, tuning="lora")
     content = torch.load(path, weights_only=True)
     content["model"] = small_checkpoint.without_base(content["model"])
     torch.save(content, path)
-    read = weights.read_checkpoint(path)["model"]
+    small = weights.read_checkpoint(path)
+    assert not any(small_checkpoint.is_base(name) for name in small["model"])
+    read = weights.load_usam(small, path, None, merge=False).state_dict()
     assert read.keys() == model.state_dict().keys()
     assert all(torch.equal(value, read[name]) for name, value in model.state_dict().items())
 
     moved = sam_weights.rename(tmp_path / "elsewhere.pth")
     with pytest.raises(FileNotFoundError, match="needs sam_tiny.pth .SHA-256 .* --sam_weight"):
-        weights.read_checkpoint(path)
-    assert weights.read_checkpoint(path, moved)["model"].keys() == read.keys()
+        weights.load_usam(small, path, None, merge=False)
+    weights.load_usam(small, path, moved, merge=False)
     (tmp_path / "weight").mkdir()
     monkeypatch.chdir(tmp_path)
     moved.rename(tmp_path / "weight" / "sam_tiny.pth")
-    assert weights.read_checkpoint(path)["model"].keys() == read.keys()
+    weights.load_usam(small, path, None, merge=True)
     state = torch.load(tmp_path / "weight" / "sam_tiny.pth", weights_only=True)
     state["image_encoder.pos_embed"] += 1
     torch.save(state, sam_weights)
     with pytest.raises(ValueError, match="another file than the one .*small.pth was trained on"):
-        weights.read_checkpoint(path)
+        weights.load_usam(small, path, None, merge=False)
 
 
-def test_a_small_checkpoint_needs_a_file_to_belong_to() -> None:
-    with pytest.raises(ValueError, match="--small_checkpoints needs a run that starts from SAM's"):
-        small_checkpoint.base_record(None)
+def test_small_checkpoints_need_a_file_to_belong_to(sam_weights: Path) -> None:
+    how = {"small": True, "tuning": "lora"}
+    for saved_run, file in ((None, None), ({"data": {}}, sam_weights)):
+        with pytest.raises(ValueError, match="needs a run that started from SAM's file"):
+            small_checkpoint.base_of_run(saved_run, sam_weights=file, **how)
+
+
+def test_checkpoints_of_a_fully_tuned_run_cannot_be_small(sam_weights: Path) -> None:
+    how = {"tuning": "full", "sam_weights": sam_weights}
+    assert small_checkpoint.base_of_run(None, small=False, **how) is None
+    with pytest.raises(ValueError, match="needs --tuning lora or decoder"):
+        small_checkpoint.base_of_run(None, small=True, **how)

@@ -21,6 +21,7 @@ from usam.flag_values import (
     prompt_mode,
     share,
 )
+from usam.model import ADAPTERS, TUNINGS
 from usam.model3d import SAM_MED3D_MODELS
 from usam.prompts import MIXED, PROMPT_MODES
 from usam.recipes import RECIPES
@@ -38,6 +39,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **OF_ALL,
         "dataset": "rectum",
         "sam_model": "vit_b",
+        "adapter": "u",
+        "tuning": "full",
+        "small_checkpoints": False,
         "img_size": 224,
         "input": "2d",
         "empty": None,  # as the data set has it
@@ -70,16 +74,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ONLY_FOR = {  # flags without a default that one model has
-    "u-sam": ("init", "window", "slice", "probabilities", "largest_component"),
+    "u-sam": (
+        "init",
+        "lora_weight",
+        "export_lora",
+        "window",
+        "slice",
+        "probabilities",
+        "largest_component",
+    ),  # fmt: skip
     "sam-med3d": ("classes", "init_mask"),
 }
 DATASETS_3D = ("volumes", "phantom3d")
 BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
-DESCRIBED = ("sam_model", "img_size", "input", "prompt_mode", "rel_pos")  # as a checkpoint's is
+DESCRIBED = (  # as a checkpoint's is
+    "sam_model", "adapter", "tuning", "img_size", "input", "prompt_mode", "rel_pos",
+)  # fmt: skip
 NOT_DECISIVE = (  # for a training that goes on
     "epochs", "patience", "batch_size", "recipe", "clicks", "small_checkpoints",
 )  # fmt: skip
-SINCE = {"input": "2d"}  # what is described thus in checkpoints older than the flag
+# What is described thus in checkpoints older than the flag.
+SINCE = {"adapter": "u", "tuning": "full", "input": "2d"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,6 +133,13 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     sizes = list(dict.fromkeys([*SAM_MODELS, *SAM_MED3D_MODELS]))
     model("--sam_model", choices=sizes, help="the encoder's size (vit_b; vit_b_ori)")
     model("--sam_weight", metavar="PATH|none", help="weights to start from (in weight/)")
+    model("--adapter", choices=ADAPTERS,
+        help="SAM with the U-shaped adapter, or none: its own patches and decoder (u)")  # fmt: skip
+    model("--tuning", choices=TUNINGS,
+        help="SAM's encoder: all of it, LoRA on its queries and values, or nothing; "
+        "decoder, prompts and adapter always are (full)")  # fmt: skip
+    model("--lora_weight", type=Path, metavar="FILE",
+        help="start LoRA from a file named as SAMed's (.pth, .safetensors)")  # fmt: skip
     model("--init", type=Path, metavar="PATH",
         help="start from a checkpoint of other classes; what fits is taken")  # fmt: skip
     model("--rel_pos", choices=("published", "corrected"),
@@ -145,6 +167,11 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     train("--seed", type=count, help="of everything drawn at random (202307)")
     add_recipe_flags(train)
     run = parser.add_argument_group("run").add_argument
+    run("--small_checkpoints", action="store_true", default=None,
+        help="lora, decoder: save without SAM's frozen part; "
+        "--resume then needs SAM's file")  # fmt: skip
+    run("--export_lora", type=Path, metavar="FILE",
+        help="write --resume's LoRA under SAMed's names (.pth, .safetensors)")  # fmt: skip
     run("--clicks", choices=("random", "largest"),
         help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
     run("--eval", action="store_true", help="evaluate --resume on the test cases")
@@ -173,6 +200,10 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.img_size and args.img_size % 16:
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
+    if args.lora_weight and args.resume:
+        parser.error("--lora_weight is what a run starts from; --resume has its own LoRA")
+    if args.export_lora and not args.resume:
+        parser.error("--export_lora needs --resume, the checkpoint to take LoRA from")
     if args.eval and not args.resume and args.model != "sam-med3d":
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     check_resume(parser, args)

@@ -19,6 +19,7 @@ from usam.average import WeightAverage, averaged
 from usam.checkpoint import BackgroundSaver, predecessors
 from usam.distributed import is_main
 from usam.engine import Progress
+from usam.small_checkpoint import without_base
 
 RUN_FILES = ("best.pth", "last.pth", "log.jsonl", "manifest.json", "metrics.json", "overlays")
 ONLY_TO_GO_ON = ("optimizer", "scaler", "rng", "in_epoch", "unvalidated")  # left out of best.pth
@@ -123,7 +124,7 @@ def run_state(
     """
     state = {
         "format": checkpoint.FORMAT,
-        "model": model.state_dict(),
+        "model": without_base(model.state_dict()) if data.get("base") else model.state_dict(),
         "args": manifest.plain(flags),
         "data": dict(data),
         "progress": vars(progress).copy(),

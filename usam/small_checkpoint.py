@@ -1,6 +1,7 @@
 """Checkpoints without SAM's frozen encoder: what they leave out, and how it comes back.
 
-`usam.run_folder` leaves it out where `--small_checkpoints` asks for it, `usam.weights` reads them.
+`usam.run_folder` leaves it out where `--small_checkpoints` asks for it; `usam.weights` brings it
+back.
 """
 
 from __future__ import annotations
@@ -17,14 +18,23 @@ from usam.lora import is_lora
 from usam.model import build_usam
 
 
-def base_record(path: Path | None) -> dict[str, str]:
-    """What a small checkpoint says of the SAM file that its training started from.
+def base_of_run(
+    saved: Mapping[str, Any] | None, *, small: bool, tuning: str, sam_weights: Path | None
+) -> dict[str, str] | None:
+    """What the small checkpoints of a training run say of the SAM file they belong to.
 
-    Raises ValueError where there was none.
+    None for whole checkpoints. saved: what the run goes on from. small: whether small ones are
+    asked for. sam_weights: the file a fresh run starts from. Raises ValueError where checkpoints
+    cannot be small.
     """
-    if path is None:
-        raise ValueError("--small_checkpoints needs a run that starts from SAM's file, its base")
-    return {"file": str(path), "sha256": sam_file.digest(path)}
+    base = saved["data"].get("base") if saved else None
+    if base is not None or not small:
+        return base
+    if saved or sam_weights is None:
+        raise ValueError("--small_checkpoints needs a run that started from SAM's file and with it")
+    if tuning == "full":
+        raise ValueError("--small_checkpoints needs --tuning lora or decoder; full changes it all")
+    return {"file": str(sam_weights), "sha256": sam_file.digest(sam_weights)}
 
 
 def without_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from usam import sam_file
-from usam.checkpoint import FORMAT
+from usam.checkpoint import FORMAT, load_model_state
 from usam.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
 from usam.lora import is_lora, merged
 from usam.model import SAM_MODELS, USam, build_usam
@@ -67,7 +67,7 @@ def start_from(model: USam, path: Path, sam_weight: str | Path | None = None) ->
     the weights otherwise. Raises ValueError where nothing of the encoder fits or the other U-SAM
     has another --adapter.
     """
-    saved, own = read_checkpoint(path, sam_weight), model.state_dict()
+    saved, own = completed(read_checkpoint(path), path, sam_weight), model.state_dict()
     adapter = saved["data"].get("adapter", "u")
     if adapter != model.adapter:
         raise ValueError(f"{path} was trained with --adapter {adapter}; give it to this run, too")
@@ -88,12 +88,11 @@ def start_from(model: USam, path: Path, sam_weight: str | Path | None = None) ->
 # ------------------------------------------------------------------ U-SAM checkpoints
 
 
-def read_checkpoint(path: str | Path, sam_weight: str | Path | None = None) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of u-sam.py, or a published U-SAM checkpoint in the same form.
 
     A published one has weights, args and data only, and `points_are_row_col` is true of it.
-    A small one is completed from SAM's file, see `usam.small_checkpoint`; sam_weight: where that
-    lies. Raises FileNotFoundError if there is none, ValueError if it is damaged or neither.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or neither of the two.
     """
     path = Path(path)
     if not path.is_file():
@@ -105,7 +104,28 @@ def read_checkpoint(path: str | Path, sam_weight: str | Path | None = None) -> d
     if not whole or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT} written by u-sam.py")
     check_parts(content, path)
-    return completed(content, path, sam_weight)
+    return dict(content)
+
+
+def load_usam(
+    saved: Mapping[str, Any], source: Path, sam_weight: str | Path | None, *, merge: bool
+) -> USam:
+    """The U-SAM of a checkpoint, with its adapter and its tuning.
+
+    merge: add its LoRA to the weights, to evaluate and predict as fast as without. source,
+    sam_weight: see `usam.small_checkpoint.completed`. Raises ValueError where weights are missing
+    or do not fit.
+    """
+    data, state = saved["data"], completed(saved, source, sam_weight)["model"]
+    tuning = data.get("tuning", "full")
+    if merge:
+        state, tuning = merged(state), "full"
+    model = build_usam(
+        saved["args"]["sam_model"], len(data["classes"]), data["img_size"],
+        data.get("adapter", "u"), tuning,
+    )  # fmt: skip
+    load_model_state(model, state, source)
+    return model
 
 
 def is_published(content: Any) -> bool:
