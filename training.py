@@ -31,6 +31,7 @@ from usam.preemption import STOPPED, StopRequest, Watched
 from usam.quarantine import Quarantine, collate, most_unreadable
 from usam.recomputation import recompute_activations
 from usam.resume import best_so_far
+from usam.run_curves import RunCurves, summary_writer
 from usam.run_folder import RunFolder, run_state
 from usam.schedule import warmup_length
 
@@ -65,6 +66,8 @@ class Run:
         self, args: Namespace, precision: Precision, job: Job, saved: Saved, stop: StopRequest
     ) -> None:
         self.args, self.job, self.stop = args, job, stop
+        if args.tensorboard:
+            summary_writer()  # or an error, before an earlier run's files are moved
         self.loader = training_loader(args, precision, job)
         facts = manifest.facts_of(
             vars(args), job.info, world_size=distributed.world_size(), precision=str(precision)
@@ -84,6 +87,7 @@ class Run:
         self.folder.describe(
             facts, {"resumed": args.resume and str(args.resume), **vars(self.progress)}
         )
+        self.curves = RunCurves(args.output_dir, tensorboard=args.tensorboard, first_epoch=first)
         self.best = best_so_far(self.best, args.resume, args.output_dir)
         self._state = partial(
             run_state, flags=vars(args), data=job.info, model=job.model, progress=self.progress,
@@ -170,6 +174,7 @@ class Run:
         if is_best or not job.validate:
             best.update(epoch=line["epoch"], mean_dice=score)
         self.folder.log(line)
+        self.curves.add(line, last=self.is_over)
         figures = job.shown(line["val"]) if job.validate else {}
         seconds = time.perf_counter() - self._started
         say(report.one_line(line, figures, seconds, is_best=is_best))

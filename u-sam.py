@@ -24,18 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
 
 from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
 from dataset.scan_slices import ScanSlices, find_scans, output_names
 from dataset.scans import parse_window
 from dataset.transforms import AUGMENTATIONS
+from evaluation import answering_model, answers_text, evaluate, merge
 from sam_med3d import Train, run_volumes
 from training import train
 from usam import checkpoint, distributed, engine, peers, report, resume, sam_file, weights
 from usam.average import averaged
-from usam.case_evaluation import evaluate_cases
-from usam.case_report import CaseReport, write_report
 from usam.distributed import say
 from usam.engine import Precision
 from usam.flags import parse_flags, settle
@@ -48,12 +46,10 @@ from usam.predict import Predictor, predict_scans
 from usam.preemption import StopRequest
 from usam.prompts import MIXED
 from usam.recipes import chosen_loss, jitter_pixels
-from usam.scan_output import class_colors
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
 from usam.small_checkpoint import base_of_run
 
 BAD_INPUT = 2  # exit code
-NUM_OVERLAYS = 8
 
 
 def main(args: Namespace) -> None:
@@ -61,6 +57,9 @@ def main(args: Namespace) -> None:
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
     args.resume, saved = resume.choose(args.resume, args.output_dir, args.sam_weight)
     settle(args, saved)
+    if args.merge:
+        merge(args)
+        return
     if saved and (args.eval or args.predict):
         saved = averaged(saved)
     precision = engine.select_precision(args.amp, device)
@@ -82,7 +81,9 @@ def run_slices(
         predict_slices(args, precision, saved)
         return
     with distributed.main_process_first():
-        splits = ("test",) if args.eval else ("train", "val")
+        splits = ("train", "val")
+        if args.eval:
+            splits = ("test",) if args.fold is None else ("val",)
         data = {split: load_split(args, split) for split in splits}
     classes = data[splits[0]].classes
     if saved and len(saved["data"]["classes"]) != len(classes):
@@ -91,15 +92,15 @@ def run_slices(
             f"--dataset {args.dataset} has {len(classes)}"
         )
     checkpoint.seed_generators(args.seed)
+    if args.eval:
+        evaluate(args, precision, saved, data[splits[0]])
+        return
     if saved:
-        model = weights.load_usam(saved, args.resume, args.sam_weight, merge=args.eval)
+        model = weights.load_usam(saved, args.resume, args.sam_weight, merge=False)
         say(f"{args.resume}: {args.sam_model} at {args.img_size} pixels")
     else:
         model = fresh_model(args, len(classes))
     model.to(precision.device)
-    if args.eval:
-        evaluate(args, precision, model, data["test"], weights.points_are_row_col(saved))
-        return
     job = slices_job(args, precision, model, data, described=described(args, saved))
     say_what_is_trained(args, job, data)
     train(args, precision, job, saved)
@@ -138,6 +139,7 @@ def load_split(args: Namespace, split: str) -> SliceDataset:
     return build_dataset(
         args.dataset, split, data_root=args.data_root, img_size=args.img_size,
         seed=args.seed, val_fraction=args.val_fraction, empty=args.empty, input_mode=args.input,
+        fold=args.fold,
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def slices_job(
 
     def validate(watch: Watch) -> Summary:
         counts = engine.evaluate(model, watch(validation), prompt_mode=mode, precision=precision)
-        return counts.summary(classes)
+        return counts.summary(classes) | {"prompts": report.PROMPT_SOURCES[mode]}
 
     def shown(summary: Summary) -> dict[str, float | None]:
         return dict(list(summary["dice"].items())[1:6]) | {"mean": summary["mean_dice"]}
@@ -205,59 +207,16 @@ def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
         say("warning: BatchNorm learns little from --batch_size 1; 2 or more is better")
 
 
-# ---------------------------------------------------------------- evaluation
-
-
-def evaluate(
-    args: Namespace,
-    precision: Precision,
-    model: USam,
-    data: SliceDataset,
-    points_are_row_col: bool,
-) -> None:
-    """Print and save the test scores of `--resume`, pooled and by case, with overlays."""
-    how = {
-        "prompt_mode": args.prompt_mode, "precision": precision,
-        "points_are_row_col": points_are_row_col,
-    }  # fmt: skip
-    if points_are_row_col and args.prompt_mode > 1:
-        say(f"{args.resume} is a published checkpoint: its points are given as (row, column)")
-    counts, cases = evaluate_cases(
-        model, data, spacing=args.spacing and tuple(args.spacing), batch_size=args.batch_size,
-        num_workers=args.num_workers, **how,
-    )  # fmt: skip
-    if not distributed.is_main():
-        return
-    facts = {
-        "checkpoint": str(args.resume), "dataset": args.dataset, "split": "test",
-        "slices": len(data), "cases": len(data.case_ids),
-        "prompts": report.PROMPT_SOURCES[args.prompt_mode],
-    }  # fmt: skip
-    colors = class_colors(data.info["colors"], len(data.classes))
-    made = CaseReport(facts, data.classes, colors, counts, cases, args.seed)
-    metrics = report.write_scores(args.output_dir, counts, data.classes, facts, made.metrics)
-    print(made.text)
-    page = write_report(args.output_dir / "report", made)
-    chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
-    overlays = report.draw_overlays(
-        args.output_dir / "overlays", engine.predictions(model, chosen, **how),
-        classes=data.classes, colors=colors,
-        transpose=data.info["orientation"] == "stored",
-    )  # fmt: skip
-    print(f"scores: {metrics}\nreport: {page}")
-    print(f"overlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
-
-
 # ---------------------------------------------------------------- prediction
 
 
 def predict_slices(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
     """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
     data, scans = saved["data"], find_scans(args.predict)
-    model = weights.load_usam(saved, args.resume, args.sam_weight, merge=True)
+    model, row_col = answering_model(args, precision, saved)
     predictor = Predictor(
-        model.to(precision.device), precision, data, prompt_mode=args.prompt_mode,
-        points_are_row_col=weights.points_are_row_col(saved), batch_size=args.batch_size,
+        model, precision, data, prompt_mode=args.prompt_mode,
+        points_are_row_col=row_col, batch_size=args.batch_size,
         threads=args.num_workers, probabilities=args.probabilities, overlay=args.overlay,
         largest_component=args.largest_component,
     )  # fmt: skip
@@ -267,7 +226,7 @@ def predict_slices(args: Namespace, precision: Precision, saved: dict[str, Any])
         named[distributed.rank() :: distributed.world_size()], args.output_dir, predictor,
         open_scan=partial(ScanSlices, data=data, window=window, channel=args.channel),
         prompts_for=prompts_of(args, len(scans)),
-        facts={"checkpoint": str(args.resume), "model": f"u-sam {args.sam_model}"},
+        facts=answers_text(args) | {"model": f"u-sam {args.sam_model}"},
     )  # fmt: skip
     if len(scans) == 1 and failed:
         raise failed[0][1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from usam import surface
 from usam.case_metrics import (
     MEAN,
     METRICS,
@@ -244,6 +245,18 @@ def test_volumes_of_other_size_count_together() -> None:
     small, large = surface_distances(masks[:1]), surface_distances(masks[1:])
     total = small.predicted_areas.sum() + small.true_areas.sum() + large.true_areas.sum()
     assert row["nsd_1"] == pytest.approx(2 * small.true_areas.sum() / total)
+
+
+@pytest.mark.parametrize("slab", [1, 900, 5000])
+def test_surfaces_found_slab_by_slab_are_the_same(
+    slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("monai")
+    wanted = [surface_distances([pair[1:]]) for pair in PAIRS[:8]]
+    monkeypatch.setattr(surface, "SLAB", slab)
+    for pair, once in zip(PAIRS[:8], wanted, strict=True):
+        for values, whole in zip(surface_distances([pair[1:]]), once, strict=True):
+            np.testing.assert_array_equal(values, whole)
 
 
 def test_a_case_in_threads_scores_the_same() -> None:

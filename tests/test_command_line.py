@@ -40,7 +40,7 @@ TRAINED = (*TINY, "--epochs", "3", "--batch_size", "4", "--accumulation_steps", 
 AGAIN = tuple(word for word in TRAINED if word not in ("--sam_weight", "none"))  # with --resume
 EPOCHS = 3
 SAVING = ("save_every", "keep", "override", "world_size", "dist_url")  # and how it is launched
-RUN_FILES = {"best.pth", "last.pth", "log.jsonl", "manifest.json"}
+RUN_FILES = {"best.pth", "last.pth", "log.jsonl", "manifest.json", "curves.png"}
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -323,7 +323,7 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, capsys: Any) -> None:
-    root = phantom.build(tmp_path / "phantom", train_cases=6, test_cases=1, num_slices=3)
+    root = phantom.build(tmp_path / "phantom", train_cases=6, test_cases=3, num_slices=3)
     data = ["--dataset", "phantom", "--data_root", root, "--batch_size", "3"]
     folder = tmp_path / "run"
     result = launch(
@@ -347,10 +347,11 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
         "--nproc_per_node=2", "--use_env", "u-sam.py", *evaluation, tmp_path / "two",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("3 test slices of 1 cases") == 1
+    assert result.stdout.count("9 test slices of 3 cases") == 1
     assert run(capsys, *evaluation, tmp_path / "one").code == 0
-    one, two = ((tmp_path / name / "metrics.json").read_text() for name in ("one", "two"))
-    assert one == two
+    for file in ("metrics.json", "report/cases.csv", "report/report.html"):
+        one, two = ((tmp_path / name / file).read_text() for name in ("one", "two"))
+        assert one == two, file
 
 
 def test_an_error_in_one_process_ends_all_and_is_shown(tmp_path: Path) -> None:
@@ -543,7 +544,7 @@ def test_published_commands_parse(command: str) -> None:
 
 def test_every_flag_is_read() -> None:
     text = Path(SCRIPT).read_text() + (ROOT / "sam_med3d.py").read_text()
-    text += (ROOT / "training.py").read_text()
+    text += (ROOT / "training.py").read_text() + (ROOT / "evaluation.py").read_text()
     unread = [
         name
         for name in vars(flags.parse_flags(DATASETS, []))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from usam.flag_values import (
-    above_zero,
     class_weights,
     count,
     decay,
@@ -21,6 +20,7 @@ from usam.flag_values import (
     prompt_mode,
     share,
 )
+from usam.flags_evaluation import add_evaluation_flags, check_evaluation_flags
 from usam.model import ADAPTERS, TUNINGS
 from usam.model3d import SAM_MED3D_MODELS
 from usam.prompts import MIXED, PROMPT_MODES
@@ -39,6 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **OF_ALL,
         "dataset": "rectum",
         "sam_model": "vit_b",
+        "fold": None,
         "adapter": "u",
         "tuning": "full",
         "small_checkpoints": False,
@@ -78,6 +79,11 @@ ONLY_FOR = {  # flags without a default that one model has
         "init",
         "lora_weight",
         "export_lora",
+        "ensemble",
+        "spacing",
+        "prompt_sweep",
+        "tta",
+        "merge",
         "window",
         "slice",
         "probabilities",
@@ -125,6 +131,8 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         metavar="F",
         help="share of the training cases to validate on; 0: on the test cases (0.1)",
     )
+    data("--fold", type=count, metavar="K",
+        help="validate on fold K, from 0, of a store prepared with --folds")  # fmt: skip
     data("--empty", type=share, metavar="keep|drop|N%",
         help="training slices without foreground (keep; word: drop)")  # fmt: skip
     data("--num_workers", type=count, default=2, help="loader processes for each process (2)")
@@ -175,8 +183,10 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     run("--clicks", choices=("random", "largest"),
         help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
     run("--eval", action="store_true", help="evaluate --resume on the test cases")
-    run("--resume", type=Path, metavar="PATH|auto",
-        help="checkpoint to go on from or evaluate; auto: the newest one, if any")  # fmt: skip
+    run("--resume", nargs="+", type=Path, metavar="PATH|auto",
+        help="checkpoint to go on from or evaluate, or several to average; "
+        "auto: the newest one, if any")  # fmt: skip
+    run("--tensorboard", action="store_true", help="write curves for TensorBoard, too")
     run("--override", action="store_true",
         help="go on from --resume although flags or data changed")  # fmt: skip
     run("--save_every", type=positive, metavar="STEPS", help="save within epochs, too")
@@ -196,6 +206,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     add_evaluation_flags(parser)
     add_prediction_flags(parser)
     args = parser.parse_args(arguments)
+    check_evaluation_flags(parser, args)
     if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.img_size and args.img_size % 16:
@@ -207,7 +218,6 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     if args.eval and not args.resume and args.model != "sam-med3d":
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     check_resume(parser, args)
-    check_evaluation_flags(parser, args)
     check_prediction_flags(parser, args)
     return args
 
@@ -237,19 +247,6 @@ def add_recipe_flags(flag: Callable[..., Any]) -> None:
         help="validate and predict with averaged weights, e.g. 0.99 (0: off)")  # fmt: skip
     flag("--patience", type=count, metavar="EPOCHS",
         help="stop after so many epochs without a better validation score (0: off)")  # fmt: skip
-
-
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of --eval."""
-    flag = parser.add_argument_group("evaluation").add_argument
-    flag("--spacing", nargs=3, type=above_zero, metavar=("Z", "Y", "X"),
-        help="mm between slices, rows, columns, where the data do not say (pixels)")  # fmt: skip
-
-
-def check_evaluation_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where the flags of --eval do not fit together."""
-    if args.spacing and not args.eval:
-        parser.error("--spacing belongs to --eval")
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:

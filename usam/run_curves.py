@@ -24,22 +24,15 @@ class RunCurves:
     A drawing takes a third of a second; where epochs are so short that this would be more than a
     tenth of the time, some are passed over, but never the last. first_epoch: the one that
     comes next; TensorBoard forgets what it knows of it and later ones. Raises ValueError where
-    `tensorboard` is wanted and not installed.
+    `tensorboard` is wanted and not installed (see `summary_writer`).
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, first_epoch: int) -> None:
         self.folder = folder
         self._cost, self._drawn = 0.0, time.perf_counter()
         self._writer = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # an optional extra
-            except ImportError as error:
-                raise ValueError(
-                    f"--tensorboard needs TensorBoard ({error}): pip install tensorboard"
-                ) from None
-            if is_main():
-                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        if tensorboard and is_main():
+            self._writer = summary_writer()(str(folder / "tensorboard"), purge_step=first_epoch)
 
     def add(self, line: Mapping[str, Any], *, last: bool) -> None:
         """Show the epoch that `line`, already in log.jsonl, is of; `last`: none follows."""
@@ -63,6 +56,16 @@ class RunCurves:
         scratch = self.folder / f".curves.{os.getpid()}.png"
         draw_run_curves(scratch, lines)
         os.replace(scratch, self.folder / "curves.png")
+
+
+def summary_writer() -> type:
+    """TensorBoard's writer, an optional extra. Raises ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        reason = f"--tensorboard needs TensorBoard ({error}): pip install tensorboard"
+        raise ValueError(reason) from None
+    return SummaryWriter
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -21,7 +21,10 @@ from usam.distributed import is_main
 from usam.engine import Progress
 from usam.small_checkpoint import without_base
 
-RUN_FILES = ("best.pth", "last.pth", "log.jsonl", "manifest.json", "metrics.json", "overlays")
+RUN_FILES = (
+    "best.pth", "last.pth", "log.jsonl", "manifest.json", "curves.png", "tensorboard",
+    "metrics.json", "report", "overlays",
+)  # fmt: skip
 ONLY_TO_GO_ON = ("optimizer", "scaler", "rng", "in_epoch", "unvalidated")  # left out of best.pth
 
 

@@ -1,0 +1,110 @@
+"""What --eval and --merge do: a model or several, the test cases or a fold, and the report.
+
+u-sam.py calls `evaluate` and `merge`, and `answering_model` for --predict, too; beside it,
+training.py and sam_med3d.py this file alone sees the flags.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from dataset import SliceDataset
+from usam import distributed, engine, report, weights
+from usam.average import averaged
+from usam.case_evaluation import evaluate_cases
+from usam.case_report import CaseReport, aligned, write_report
+from usam.distributed import say
+from usam.engine import Precision
+from usam.ensemble import VIEWS, Averaged, check_members
+from usam.loaders import evaluation_loader
+from usam.merged_report import FOLDERS, merged
+from usam.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
+from usam.scan_output import class_colors
+
+NUM_OVERLAYS = 8
+
+
+def answering_model(
+    args: Namespace, precision: Precision, saved: dict[str, Any]
+) -> tuple[nn.Module, bool]:
+    """What --eval and --predict ask, on the device, and whether it wants points as (row, column).
+
+    That is the model of --resume, `saved`; or the average of several, or of the views of --tta.
+    """
+    members = [(args.resume, saved)]
+    members += [(path, averaged(weights.read_checkpoint(path))) for path in args.ensemble or ()]
+    check_members(members, args.fold if args.eval else None)
+    models = []
+    for path, content in members:
+        model = weights.load_usam(content, path, args.sam_weight, merge=True)
+        models.append((model.to(precision.device), weights.points_are_row_col(content)))
+        say(f"{path}: {content['args']['sam_model']} at {args.img_size} pixels")
+        if models[-1][1] and args.eval and args.prompt_mode > 1:
+            say(f"{path} is a published checkpoint: its points are given as (row, column)")
+    if len(models) == 1 and not args.tta:
+        return models[0]
+    return Averaged(models, args.tta or "none"), False
+
+
+def answers_text(args: Namespace) -> dict[str, str]:
+    """What an answer comes from, for reports: the checkpoints, and the views if several."""
+    names = ", ".join(map(str, [args.resume, *(args.ensemble or ())]))
+    facts = {"checkpoint": names + (", averaged" if args.ensemble else "")}
+    if args.tta:
+        facts["views"] = f"{args.tta}: {len(VIEWS[args.tta])} averaged"
+    return facts
+
+
+def evaluate(
+    args: Namespace, precision: Precision, saved: dict[str, Any], data: SliceDataset
+) -> None:
+    """Print and save the scores of `--resume` on `data`, pooled and by case, with pictures."""
+    model, row_col = answering_model(args, precision, saved)
+    how = {"precision": precision, "points_are_row_col": row_col}
+    load = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    asked = how | {"prompt_mode": args.prompt_mode}
+    spacing = args.spacing and tuple(args.spacing)
+    counts, cases = evaluate_cases(model, data, spacing=spacing, **load, **asked)
+    swept = []
+    if args.prompt_sweep:
+        loader = evaluation_loader(data, **load)
+        swept = sweep_prompts(model, loader, img_size=args.img_size, seed=args.seed, **how)
+    if not distributed.is_main():
+        return
+    facts = answers_text(args) | {
+        "dataset": args.dataset, "split": "test" if args.fold is None else f"fold {args.fold}",
+        "slices": len(data), "cases": len(data.case_ids),
+        "prompts": report.PROMPT_SOURCES[args.prompt_mode],
+    }  # fmt: skip
+    colors = class_colors(data.info["colors"], len(data.classes))
+    extra = {TITLE: sweep_table(swept, data.classes)} if swept else {}
+    made = CaseReport(facts, data.classes, colors, counts, cases, args.seed, extra=extra)
+    more = made.metrics | ({"prompt_sweep": sweep_facts(swept, data.classes)} if swept else {})
+    metrics = report.write_scores(args.output_dir, counts, data.classes, facts, more)
+    print(made.text)
+    if swept:
+        print("\n".join(["all pixels, by source of the prompts:", *aligned(*extra[TITLE])]))
+    page = write_report(args.output_dir / "report", made)
+    chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
+    overlays = report.draw_overlays(
+        args.output_dir / "overlays", engine.predictions(model, chosen, **asked),
+        classes=data.classes, colors=colors, transpose=data.info["orientation"] == "stored",
+    )  # fmt: skip
+    print(f"scores: {metrics}\nreport: {page}")
+    print(f"overlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
+
+
+def merge(args: Namespace) -> None:
+    """Print and save one report of the cases in all folders of --merge."""
+    if not distributed.is_main():
+        return
+    made = merged(args.merge, args.seed)
+    metrics = report.write_scores(
+        args.output_dir, made.counts, list(made.classes), made.facts, made.metrics
+    )
+    print("\n".join([made.text, *aligned(*made.extra[FOLDERS])]))
+    print(f"scores: {metrics}\nreport: {write_report(args.output_dir / 'report', made)}")

@@ -1,0 +1,191 @@
+"""--eval as users run it: reports, folds and their merging, ensembles, views, prompts, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dataset.splits import split_table, write_json
+from tests.test_command_line import TINY, assert_refused, make_store, run
+
+pytest.importorskip("monai")
+SHORT = (*TINY, "--epochs", "1", "--batch_size", "4", "--dataset", "store")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six training cases in two folds, two test cases."""
+    folder = make_store(tmp_path_factory.mktemp("store"))
+    pairs = [(f"train{number}", "train") for number in range(6)]
+    write_json(folder / "splits.json", split_table(pairs, folds=2, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders fold0 and fold1 of trained folds."""
+    folder = tmp_path_factory.mktemp("runs")
+    for fold in (0, 1):
+        trained = run_quietly(
+            *SHORT, "--data_root", store, "--fold", fold, "--seed", fold, "--prompt_mode", "1",
+            "--output_dir", folder / f"fold{fold}",
+        )  # fmt: skip
+        assert trained.code == 0, trained.err
+    return folder
+
+
+class Quiet:
+    """What `run` asks of capsys, where a fixture of a module has none."""
+
+    def readouterr(self) -> tuple[str, str]:
+        return "", ""
+
+
+def run_quietly(*arguments: Any) -> Any:
+    return run(Quiet(), *arguments)
+
+
+def evaluation(store: Path, output: Path, *resume: Path) -> tuple[Any, ...]:
+    flags = ("--device", "cpu", "--amp", "off", "--num_workers", "0", "--dataset", "store")
+    return (*flags, "--data_root", store, "--output_dir", output, "--eval", "--resume", *resume)
+
+
+def test_a_run_leaves_curves_and_names_its_prompts(runs: Path) -> None:
+    assert (runs / "fold0" / "curves.png").stat().st_size > 5000
+    (line,) = (runs / "fold0" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["val"]["prompts"] == "boxes around the true masks"
+
+
+def test_evaluation_writes_scores_where_they_were_and_a_report(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    result = run(capsys, *evaluation(store, tmp_path, runs / "fold0" / "best.pth"))
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["slices"], found["cases"], found["split"]) == (6, 2, "test")
+    assert found["per_case"]["unit"] == "pixels, voxels"
+    assert np.array(found["counts"]).sum() > 0
+    rows = list(csv.DictReader((tmp_path / "report" / "cases.csv").open()))
+    assert [row["case"] for row in rows] == ["test0", "test0", "test1", "test1"]
+    assert "by case (2 cases)" in result.out
+    assert result.out.count("prompts: boxes around the true masks") == 2
+    assert str(tmp_path / "report" / "report.html") in result.out
+    spaced = evaluation(store, tmp_path / "mm", runs / "fold0" / "best.pth")
+    assert run(capsys, *spaced, "--spacing", "5", "0.7", "0.7").code == 0
+    again = json.loads((tmp_path / "mm" / "metrics.json").read_text())
+    assert again["per_case"]["unit"] == "mm, ml"
+    assert (again["dice"], again["counts"]) == (found["dice"], found["counts"])
+
+
+def test_folds_are_evaluated_on_their_own_cases_and_merged(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for fold in (0, 1):
+        best = runs / f"fold{fold}" / "best.pth"
+        result = run(capsys, *evaluation(store, tmp_path / str(fold), best), "--fold", fold)
+        assert result.code == 0, result.err
+    folders = (tmp_path / "0", tmp_path / "1")
+    result = run(capsys, "--merge", *folders, "--output_dir", tmp_path / "all")
+    assert result.code == 0, result.err
+    rows = list(csv.DictReader((tmp_path / "all" / "report" / "cases.csv").open()))
+    assert sorted({row["case"] for row in rows}) == [f"train{number}" for number in range(6)]
+    parts, found = (
+        [json.loads((folder / "metrics.json").read_text()) for folder in chosen]
+        for chosen in (folders, [tmp_path / "all"])
+    )
+    assert found[0]["counts"] == (np.array(parts[0]["counts"]) + parts[1]["counts"]).tolist()
+    assert (found[0]["split"], found[0]["cases"]) == ("fold 0, fold 1", 6)
+    assert "mean ± standard deviation over folders" in result.out
+    wrong = evaluation(store, tmp_path / "wrong", runs / "fold0" / "best.pth")
+    assert_refused(run(capsys, *wrong, "--fold", "1"), "--fold 1", "--fold 0 and has seen")
+
+
+def test_checkpoints_and_views_are_averaged(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    both = [runs / f"fold{fold}" / "best.pth" for fold in (0, 1)]
+    result = run(capsys, *evaluation(store, tmp_path, *both), "--tta", "flip")
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["checkpoint"] == f"{both[0]}, {both[1]}, averaged"
+    assert found["views"] == "flip: 4 averaged"
+    twice = (both[0], both[0])  # the same again changes no answer
+    assert run(capsys, *evaluation(store, tmp_path / "2", *twice)).code == 0
+    assert run(capsys, *evaluation(store, tmp_path / "1", both[0])).code == 0
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "12")
+    assert one["counts"] == two["counts"]
+
+
+def test_a_scan_is_predicted_by_an_ensemble(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    affine = np.diag([-1.0, -1.0, 3.0, 1.0])
+    scan = np.random.default_rng(0).integers(-200, 300, (32, 32, 3)).astype(np.int16)
+    nib.save(nib.Nifti1Image(scan, affine), tmp_path / "ct.nii.gz")
+    both = [runs / f"fold{fold}" / "best.pth" for fold in (0, 1)]
+    result = run(
+        capsys, "--predict", tmp_path / "ct.nii.gz", "--resume", *both, "--tta", "flip+rot",
+        "--device", "cpu", "--amp", "off", "--box", 4, 4, 20, 20, "--slice", 1,
+        "--output_dir", tmp_path / "out", "--probabilities",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    label = nib.load(tmp_path / "out" / "ct_seg.nii.gz")
+    assert label.shape == (32, 32, 3)
+    facts = json.loads((tmp_path / "out" / "ct_seg.json").read_text())
+    assert facts["views"] == "flip+rot: 8 averaged"
+    chances = nib.load(tmp_path / "out" / "ct_probabilities.nii").get_fdata()
+    np.testing.assert_allclose(chances.sum(axis=-1), 1, atol=1e-3)
+
+
+def test_the_sweep_over_prompts_is_printed_and_saved(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = evaluation(store, tmp_path, runs / "fold0" / "best.pth")
+    result = run(capsys, *arguments, "--prompt_sweep")
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(found["prompt_sweep"]) == 13
+    exact = [one for one in found["prompt_sweep"] if one["prompt_jitter"] == "0"]
+    assert exact[1]["dice"] == found["dice"]  # boxes, as the model was trained
+    assert "off by up to 10% of the image's side" in result.out
+    assert "off by up to 10%" in (tmp_path / "report" / "classes.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--resume", "a.pth", "b.pth"], ["--resume names 2 checkpoints", "--eval and --predict"]),
+        (["--spacing", "1", "1", "1"], ["--spacing belongs to --eval"]),
+        (["--spacing", "1", "0", "1"], ["--spacing", "above 0"]),
+        (["--prompt_sweep"], ["--prompt_sweep belongs to --eval"]),
+        (["--tta", "flip"], ["--tta belongs to --eval and --predict"]),
+        (["--tta", "turn"], ["--tta", "flip+rot"]),
+        (["--merge", "a", "--eval", "--resume", "a.pth"], ["--merge reads what --eval wrote"]),
+        (["--merge", "nowhere"], ["--merge: no nowhere/metrics.json"]),
+        (["--fold", "-1"], ["--fold", "below 0"]),
+        (["--model", "sam-med3d", "--fold", "1"], ["--fold is not for --model sam-med3d"]),
+        (["--model", "sam-med3d", "--eval", "--prompt_sweep"], ["--prompt_sweep is not for"]),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_in_one_line(
+    arguments: list[str], wanted: list[str], capsys: Any
+) -> None:
+    assert_refused(run(capsys, *arguments), *wanted)
+
+
+def test_members_that_do_not_fit_are_refused(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    larger = tmp_path / "larger"
+    flags = [*SHORT, "--data_root", store, "--output_dir", larger, "--img_size", "48"]
+    assert run(capsys, *flags).code == 0
+    both = (runs / "fold0" / "best.pth", larger / "best.pth")
+    result = run(capsys, *evaluation(store, tmp_path / "out", *both))
+    assert_refused(result, "img_size 48", "img_size 32"[-2:], larger / "best.pth")
+    shutil.rmtree(larger)
+    assert_refused(run(capsys, *evaluation(store, tmp_path / "out", *both)), "no checkpoint at")
