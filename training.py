@@ -28,7 +28,7 @@ from usam.job import Job
 from usam.loaders import loader_for
 from usam.metrics import rank_score
 from usam.preemption import STOPPED, StopRequest, Watched
-from usam.quarantine import Quarantine, collate, most_unreadable
+from usam.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
 from usam.recomputation import recompute_activations
 from usam.resume import best_so_far
 from usam.run_curves import RunCurves, summary_writer
@@ -72,8 +72,8 @@ class Run:
         facts = manifest.facts_of(
             vars(args), job.info, world_size=distributed.world_size(), precision=str(precision)
         )
-        told = json.dumps([facts["arguments"], facts["data"]])
-        distributed.check_same(told, "the flags or the listings of the data")
+        told = json.dumps([facts["arguments"], facts["data"], str(precision)])
+        distributed.check_same(told, "the flags, the precision or the listings of the data")
         if saved:
             with blamed_on(args.resume):
                 check_saved(args, saved, facts)
@@ -180,7 +180,7 @@ class Run:
         say(report.one_line(line, figures, seconds, is_best=is_best))
         self.folder.save(
             self._state,
-            as_best=best["epoch"] == line["epoch"],
+            as_best=is_best or not job.validate,
             may_skip=not (is_best and job.validate) and not self.is_over,
         )
 
@@ -200,15 +200,15 @@ class Run:
 
 def training_loader(args: Namespace, precision: Precision, job: Job) -> DataLoader:
     """What hands out the training batches, after the model was made ready for them."""
+    data = Quarantine(job.data)
     if args.checkpoint_activations:
         recompute_activations(job.model)
     if should_compile(args.compile, args.model, precision.device):
-        samples = [job.data[0, 0]] * min(args.batch_size, len(job.data))
+        sample = {key: value for key, value in data[0, 0].items() if key != UNREADABLE}
+        samples = [sample] * min(args.batch_size, len(data))
         compile_training(job.model, job.step, samples, precision)
-    batches = distributed.TrainingBatches(len(job.data), args.batch_size, args.seed, job.favoured)
-    return loader_for(
-        Quarantine(job.data), args.num_workers, batch_sampler=batches, collate_fn=collate
-    )
+    batches = distributed.TrainingBatches(len(data), args.batch_size, args.seed, job.favoured)
+    return loader_for(data, args.num_workers, batch_sampler=batches, collate_fn=collate)
 
 
 def recipe_of(args: Namespace, job: Job) -> engine.Recipe:

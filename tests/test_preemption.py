@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,18 @@ from tests.toy import Slices
 from usam import engine, preemption
 from usam.checkpoint import BackgroundSaver
 from usam.loaders import loader_for
-from usam.preemption import STOPPED, StopRequest, Watched
+from usam.preemption import SIGNALS, STOPPED, StopRequest, Watched
 from usam.run_folder import RunFolder
 
 Flags = Callable[[Path], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def default_signals() -> Iterator[None]:
+    """A program that stopped itself ignores further signals until it ends; this one goes on."""
+    yield
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,8 @@ class StopRequest:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():  # saved: nothing may change the exit code
+            signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True

@@ -54,13 +54,18 @@ def choose(
 
 
 def newest_sound(last: Path) -> int:
-    """0 if `last` is sound, else the number of its newest sound predecessor, NONE, ALL_DAMAGED."""
+    """0 if `last` is sound, else the number of its newest sound predecessor, NONE, ALL_DAMAGED.
+
+    Raises ValueError or OSError where a file could not be read, which says nothing of the file.
+    """
     found = [path for path in (last, *predecessors(last)) if path.exists()]
     damaged = []
     for path in found:
         try:
             read_checkpoint(path)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError | MemoryError):
+                raise  # the disk's or the machine's fault: the file may be sound
             print(f"warning: {error}", flush=True)
             damaged.append(path)
             continue
@@ -81,7 +86,7 @@ def best_so_far(best: Mapping[str, Any], resumed_from: Path | None, folder: Path
     blank = {"epoch": None, "mean_dice": None}
     if resumed_from is None or best["epoch"] is None:
         return blank
-    if from_main(lambda: int(bring_best(best, resumed_from.parent, folder))):
+    if from_main(lambda: int(bring_best(best, resumed_from.resolve().parent, folder))):
         return dict(best)
     say(f"the best.pth of epoch {best['epoch']} is not there: the best is looked for anew")
     return blank
