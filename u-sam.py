@@ -55,7 +55,9 @@ BAD_INPUT = 2  # exit code
 def main(args: Namespace) -> None:
     """One run: device, checkpoint and flags, then what the model does with them."""
     device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
-    args.resume, saved = resume.choose(args.resume, args.output_dir, args.sam_weight)
+    args.resume, saved = resume.choose(
+        args.resume, args.output_dir, args.sam_weight, more=bool(args.ensemble)
+    )
     settle(args, saved)
     if args.merge:
         merge(args)

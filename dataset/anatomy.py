@@ -127,6 +127,11 @@ def draw(
     step = max(1, round(THICKNESS / volume.spacing[0]))
     labelled = np.flatnonzero(volume.slices.any(axis=(1, 2)))
     starts = np.arange(labelled[0], labelled[-1] - step + 2, step)
+    if not len(starts):
+        height = len(volume.slices) * volume.spacing[0]
+        raise ValueError(
+            f"labels over {height:g} mm are too low a stack for slices of {THICKNESS:g} mm"
+        )
     box, body = _field_of_view(volume, rng)
     side = round(box[2] / PIXEL)
     height = (len(starts) * step + 1) * volume.spacing[0]

@@ -184,7 +184,7 @@ def test_lora_is_exported_and_starts_another_run(data: tuple, tmp_path: Path, ca
     way = (*TINY, *SHORT, *data, "--tuning", "lora", "--adapter", "none", "--epochs", "1")
     result = run(capsys, *way, "--output_dir", tmp_path / "first", "--ema", "0.5")
     assert result.code == 0, result.err
-    exported = tmp_path / "lora.safetensors"
+    exported = tmp_path / "new" / "lora.safetensors"
     best = tmp_path / "first" / "best.pth"
     result = run(capsys, *CPU, "--resume", best, "--export_lora", exported)
     assert result.code == 0, result.err
@@ -211,7 +211,11 @@ def test_flags_that_a_way_has_no_use_for_are_refused(
     result = run(capsys, *way, "--small_checkpoints", "--sam_weight", sam)
     assert_refused(result, "--small_checkpoints", "--tuning lora or decoder")
     assert_refused(run(capsys, *way, "--lora_weight", tmp_path / "no.pth"), "no LoRA file")
-    assert_refused(run(capsys, *way, "--export_lora", tmp_path / "a.pth"), "needs --resume")
+    result = run(capsys, *way, "--tuning", "lora", "--lora_weight", "no.pth", "--resume", "auto")
+    assert_refused(result, "no LoRA file")
+    for rest in ((), ("--resume", "auto")):
+        result = run(capsys, *way, "--export_lora", tmp_path / "a.pth", *rest)
+        assert_refused(result, "needs --resume PATH")
     result = run(capsys, *way, "--model", "sam-med3d", "--tuning", "lora")
     assert_refused(result, "is not for --model sam-med3d")
     assert run(capsys, *way, "--tuning", "decoder").code == 0

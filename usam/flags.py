@@ -211,10 +211,12 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.img_size and args.img_size % 16:
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
-    if args.lora_weight and args.resume:
+    if args.lora_weight and args.resume not in (None, AUTO):
         parser.error("--lora_weight is what a run starts from; --resume has its own LoRA")
-    if args.export_lora and not args.resume:
-        parser.error("--export_lora needs --resume, the checkpoint to take LoRA from")
+    if args.export_lora and args.resume in (None, AUTO):
+        parser.error("--export_lora needs --resume PATH, the checkpoint to take LoRA from")
+    if args.export_lora and (args.eval or args.predict):
+        parser.error("--export_lora writes a file and ends; give it without --eval and --predict")
     if args.eval and not args.resume and args.model != "sam-med3d":
         parser.error("--eval needs --resume, the checkpoint to evaluate")
     check_resume(parser, args)
@@ -338,7 +340,8 @@ def check_model_flags(args: argparse.Namespace) -> None:
     other |= {name for model, names in ONLY_FOR.items() if model != args.model for name in names}
     for name in sorted(other):
         if (given := getattr(args, name)) is not None and given is not False:  # 0 was given, too
-            raise ValueError(f"--{name} is not for --model {args.model}; leave it out")
+            said = "several --resume are" if name == "ensemble" else f"--{name} is"
+            raise ValueError(f"{said} not for --model {args.model}; leave it out")
     if args.dataset and (args.dataset in DATASETS_3D) != (args.model == "sam-med3d"):
         raise ValueError(f"--dataset {args.dataset} is not for --model {args.model}")
     wanted = BOX_LENGTH[args.model]

@@ -5,6 +5,7 @@ u-sam.py starts LoRA from one (`--lora_weight`) and writes one (`--export_lora`)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,16 +55,24 @@ def save_lora(state: Mapping[str, Tensor], path: Path, *, with_decoder: bool) ->
     A path that ends in .safetensors becomes that, any other a torch file. with_decoder: also
     prompts and mask decoder, which are SAM's without the U-shaped adapter. SAMed's program wants
     two modules more, which U-SAM does not have: mask_downscaling and iou_prediction_head.
-    Raises ValueError where there is no LoRA.
+    Missing folders are made. Raises ValueError where there is no LoRA, OSError naming the path
+    where it cannot be written.
     """
     tensors = to_samed(state)
     if with_decoder:
         plain = {name.removeprefix("sam."): value for name, value in state.items()}
         tensors |= {n: v.contiguous() for n, v in plain.items() if n.startswith(TUNED)}
-    if path.suffix == ".safetensors":
-        save_file(tensors, path)
-    else:
-        torch.save(tensors, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(tensors, temporary)
+        else:
+            torch.save(tensors, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from error
     return f"{len(tensors)} tensors in {path}, named as SAMed names them"
 
 

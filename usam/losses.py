@@ -63,15 +63,16 @@ def focal_loss(
     Source: Lin et al. 2017, equation 5.
     """
     logits = logits.float()
-    if not gamma:
-        return F.cross_entropy(logits, target, weight=class_weights)
+    if not gamma and class_weights is None:
+        return F.cross_entropy(logits, target)
     loss = F.cross_entropy(logits, target, reduction="none")
     # expm1 keeps the digits of 1 - p near p = 1; at 0 a power below 1 would have no gradient.
-    loss = (-torch.expm1(-loss)).clamp(min=1e-6) ** gamma * loss
+    if gamma:
+        loss = (-torch.expm1(-loss)).clamp(min=1e-6) ** gamma * loss
     if class_weights is None:
         return loss.mean()
     weights = class_weights[target]
-    return (weights * loss).sum() / weights.sum()
+    return (weights * loss).sum() / weights.sum().clamp(min=1e-6)  # all 0: no class that counts
 
 
 def balanced_weights(pixels: Sequence[float]) -> list[float]:

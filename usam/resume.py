@@ -22,20 +22,21 @@ NONE, ALL_DAMAGED = -1, -2  # instead of a place among the predecessors
 
 
 def choose(
-    resume: Path | None, folder: Path, sam_weight: str | None = None
+    resume: Path | None, folder: Path, sam_weight: str | None = None, *, more: bool = False
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that --resume names and what it holds; (None, None) for a fresh start.
 
     `auto` is the newest sound one of last.pth and its predecessors in `folder`. The main process
     chooses for all; it says which ones are damaged and sets them aside as NAME.damaged. Raises
     ValueError if all are damaged: no run is started over in silence; or if a checkpoint that needs
-    none is named beside a --sam_weight. Errors of read_checkpoint.
+    none is named beside a --sam_weight, which one of several (`more`) may need. Errors of
+    read_checkpoint.
     """
     if resume is None:
         return None, None
     if resume != AUTO:
         saved = read_checkpoint(resume)
-        if sam_weight is not None and not saved["data"].get("base"):
+        if sam_weight is not None and not (more or saved["data"].get("base")):
             raise ValueError(
                 f"--sam_weight {sam_weight} is for a fresh start, and --resume {resume} is none; "
                 "give one of them"
