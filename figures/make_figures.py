@@ -1,8 +1,9 @@
 """Draws the README's pictures from data the project makes itself.
 
-    python figures/make_figures.py --resume chkpt/phantom/best.pth
+    python figures/make_figures.py --resume chkpt/phantom/best.pth --resume3d chkpt/clicks/best.pth
 
-phantom.png needs nothing; overlays.png needs the checkpoint of the README's first command.
+phantom.png needs nothing; overlays.png needs the checkpoint of the README's first command and
+volumes.png that of its SAM-Med3D training, whose --eval draws clicks.png.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from matplotlib.patches import Patch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from dataset import build_dataset, phantom  # noqa: E402
-from usam import checkpoint, engine, weights  # noqa: E402
+from dataset import build_dataset, build_volumes, phantom  # noqa: E402
+from dataset.crops import normalise  # noqa: E402
+from dataset.scans import apply_window  # noqa: E402
+from usam import checkpoint, clicks3d, engine, weights  # noqa: E402
 from usam.model import build_usam  # noqa: E402
+from usam.model3d import build_sam_med3d  # noqa: E402
 from usam.visualize import blend  # noqa: E402
 
 COLUMNS = 4
+CPU = torch.device("cpu")
+ORGANS = (1, 3, 5)  # of phantom3d: liver, left kidney, aorta
 
 
 def draw_phantom(path: Path, patients: tuple[int, ...] = (10, 11, 4)) -> None:
@@ -86,6 +92,38 @@ def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
     finish(figure, axes, data.classes, data.info["colors"], path)
 
 
+def draw_volumes(path: Path, resume: Path, case: int = 0) -> None:
+    """Organs of a test volume, cut through their fullest slice: truth, and after some clicks."""
+    saved, precision = weights.read_checkpoint(resume), engine.select_precision("off", CPU)
+    model = build_sam_med3d(saved["args"]["sam_model"], saved["args"]["rel_pos"])
+    checkpoint.load_model_state(model, saved["model"], resume)
+    data = build_volumes("phantom3d", "test", side=model.side)
+    shown = [data.objects.index((data.objects[0][0] + case, label)) for label in ORGANS]
+    batch = torch.utils.data.default_collate([data[index] for index in shown])
+    volume, mask = clicks3d.crops_to_device(batch, normalise, precision.device)
+    generators = [clicks3d.click_generator(saved["args"]["seed"], name) for name in batch["id"]]
+    with torch.inference_mode():
+        answers = list(clicks3d.answers_to_clicks(model.eval(), volume, mask, generators))
+    figure = Figure(figsize=(2.6 * 4, 2.75 * len(ORGANS)), layout="constrained")
+    axes = figure.subplots(len(ORGANS), 4)
+    for row, truth in enumerate(mask[:, 0].numpy()):
+        z = int(truth.sum(axis=(0, 1)).argmax())
+        image = apply_window(batch["image"][row].numpy()[..., z], (-160, 240))
+        columns = {f"{batch['id'][row].split(':')[1]}, truth": truth}
+        for number in (1, 3, 10):
+            answer = answers[number - 1]
+            score = float(clicks3d.dice(answer, mask)[row])
+            name = f"{number} click{'s'[: number > 1]}, Dice {score:.2f}"
+            columns[name] = (answer[row, 0] > clicks3d.THRESHOLD).numpy()
+        for axis, (name, found) in zip(axes[row], columns.items(), strict=True):
+            picture = outline(image[0], found[..., z].astype(np.uint8), ["#000000", "#ffb000"])
+            axis.imshow(picture[::-1, ::-1].transpose(1, 0, 2))  # RAS, upright
+            axis.set_title(name, loc="left", fontsize=10)
+            axis.set_axis_off()
+    figure.savefig(path, dpi=90)
+    print(path)
+
+
 def finish(figure: Figure, axes, classes: list[str], colors: list[str], path: Path) -> None:
     """Legend, no axes, and the file."""
     for axis in axes.flat:
@@ -100,7 +138,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the README's pictures.")
     parser.add_argument("--resume", type=Path, help="checkpoint of the phantom run")
     parser.add_argument("--data_root", type=Path, help="the phantom's folder (data/phantom)")
+    parser.add_argument("--resume3d", type=Path, help="checkpoint of the phantom3d run")
     flags = parser.parse_args()
     draw_phantom(HERE / "phantom.png")
     if flags.resume:
         draw_overlays(HERE / "overlays.png", flags.resume, flags.data_root)
+    if flags.resume3d:
+        draw_volumes(HERE / "volumes.png", flags.resume3d)
