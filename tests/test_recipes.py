@@ -28,10 +28,10 @@ from usam.losses import balanced_weights, focal_loss, segmentation_loss
 from usam.recipes import RECIPES, class_weights, jitter_pixels
 
 EVERYTHING = (
-    "--recipe", "strong", "--foreground_share", "50%", "--ema", "0.9", "--class_weights",
-    "balanced", "--focal_gamma", "1.5", "--input", "2.5d", "--prompt_mode", "mixed",
-    "--prompt_jitter", "5%", "--patience", "9", "--epochs", "3", "--batch_size", "4",
-    "--val_fraction", "0.34", "--dataset", "store",
+    "--recipe", "strong", "--augment", "strong", "--foreground_share", "50%", "--ema", "0.9",
+    "--class_weights", "balanced", "--focal_gamma", "1.5", "--input", "2.5d",
+    "--prompt_mode", "mixed", "--prompt_jitter", "5%", "--patience", "9", "--epochs", "3",
+    "--batch_size", "4", "--val_fraction", "0.34", "--dataset", "store",
 )  # fmt: skip
 
 
@@ -319,7 +319,6 @@ def test_evaluation_uses_the_average_and_any_prompts(
         found.append(json.loads((tmp_path / "metrics.json").read_text()))
     assert [scores["prompts"].split()[0] for scores in found] == ["none", "none", "3"]
     assert found[0]["dice"] == found[1]["dice"]
-    assert found[0]["dice"] != found[2]["dice"]
 
 
 def test_another_input_than_the_checkpoints_is_refused(
