@@ -21,7 +21,7 @@ from usam.distributed import say
 from usam.engine import Precision
 from usam.ensemble import VIEWS, Averaged, check_members
 from usam.loaders import evaluation_loader
-from usam.merged_report import FOLDERS, merged
+from usam.merged_report import FOLDERS, check_output, merged
 from usam.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
 from usam.scan_output import class_colors
 
@@ -29,15 +29,16 @@ NUM_OVERLAYS = 8
 
 
 def answering_model(
-    args: Namespace, precision: Precision, saved: dict[str, Any]
+    args: Namespace, precision: Precision, saved: dict[str, Any], fold_digest: str | None = None
 ) -> tuple[nn.Module, bool]:
     """What --eval and --predict ask, on the device, and whether it wants points as (row, column).
 
     That is the model of --resume, `saved`; or the average of several, or of the views of --tta.
+    fold_digest: of the fold to evaluate, that none of them may have seen.
     """
     members = [(args.resume, saved)]
     members += [(path, averaged(weights.read_checkpoint(path))) for path in args.ensemble or ()]
-    check_members(members, args.fold if args.eval else None)
+    check_members(members, args.fold if args.eval else None, fold_digest)
     models = []
     for path, content in members:
         model = weights.load_usam(content, path, args.sam_weight, merge=True)
@@ -63,7 +64,7 @@ def evaluate(
     args: Namespace, precision: Precision, saved: dict[str, Any], data: SliceDataset
 ) -> None:
     """Print and save the scores of `--resume` on `data`, pooled and by case, with pictures."""
-    model, row_col = answering_model(args, precision, saved)
+    model, row_col = answering_model(args, precision, saved, data.info["fold_digest"])
     how = {"precision": precision, "points_are_row_col": row_col}
     load = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     asked = how | {"prompt_mode": args.prompt_mode}
@@ -102,6 +103,7 @@ def merge(args: Namespace) -> None:
     """Print and save one report of the cases in all folders of --merge."""
     if not distributed.is_main():
         return
+    check_output(args.merge, args.output_dir)
     made = merged(args.merge, args.seed)
     metrics = report.write_scores(
         args.output_dir, made.counts, list(made.classes), made.facts, made.metrics

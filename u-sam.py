@@ -101,18 +101,20 @@ def run_slices(
         model = weights.load_usam(saved, args.resume, args.sam_weight, merge=False)
         say(f"{args.resume}: {args.sam_model} at {args.img_size} pixels")
     else:
-        model = fresh_model(args, len(classes))
+        model = fresh_model(args, data["train"].info)
     model.to(precision.device)
     job = slices_job(args, precision, model, data, described=described(args, saved))
     say_what_is_trained(args, job, data)
     train(args, precision, job, saved)
 
 
-def fresh_model(args: Namespace, num_classes: int) -> USam:
-    """The model that the flags describe, started from SAM's weights and, if given, a LoRA file."""
-    model = build_usam(args.sam_model, num_classes, args.img_size, args.adapter, args.tuning)
+def fresh_model(args: Namespace, data: dict[str, Any]) -> USam:
+    """The model the flags describe for `data`, from SAM's weights and, if given, a LoRA file."""
+    classes = len(data["classes"])
+    model = build_usam(args.sam_model, classes, args.img_size, args.adapter, args.tuning)
     with distributed.main_process_first():
-        say(weights.initialize(model, args.sam_model, args.sam_weight, init=args.init))
+        start = {"init": args.init, "fold": args.fold, "data": data}
+        say(weights.initialize(model, args.sam_model, args.sam_weight, **start))
     if args.lora_weight:
         say(load_lora(model, args.lora_weight))
     return model
@@ -203,7 +205,7 @@ def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
     )
     if not len(data["val"]):
         say("too few training cases to set some aside: best.pth holds the last epoch")
-    elif args.val_fraction == 0:
+    elif args.val_fraction == 0 and args.fold is None:
         say("--val_fraction 0: best.pth is chosen on the test cases, as published")
     if args.batch_size == 1:
         say("warning: BatchNorm learns little from --batch_size 1; 2 or more is better")

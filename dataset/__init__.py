@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dataset import phantom, rectum, word
 from dataset.slice_dataset import SliceDataset, split_slices, thin_out_empty
 from dataset.slices import SliceStore
+from dataset.splits import fold_digest, read_fold
 from dataset.volume_store import VolumeStore
 from dataset.volumes import VOLUMES, VolumeDataset, build_volumes, open_volumes
 
@@ -36,10 +37,11 @@ class Source(NamedTuple):
     root: str | None = None  # where its data lies unless --data_root says otherwise
     crop: float = 0.0  # share of the side cut off at each edge
     foreground_only: bool = False  # in training
+    layout: str | None = None  # its name in dataset.prepare, where only a store of that has folds
 
 
 DATASETS = {
-    "rectum": Source(rectum.open_store, "data/CARE"),
+    "rectum": Source(rectum.open_store, "data/CARE", layout="care"),
     "word": Source(word.open_store, "data/WORD", crop=word.CROP, foreground_only=True),
     "phantom": Source(phantom.open_store, "data/phantom"),
     "store": Source(SliceStore),
@@ -79,8 +81,16 @@ def build_dataset(
     empty: share of the training slices that may be without foreground, from 0 (none) to 1 (all);
     None leaves it to the data set. `store` spares opening it again. input_mode: "2d" or "2.5d".
     fold: see split_slices. Validation may be empty (too few cases); training and test may not:
-    FileNotFoundError. Errors of open_store and split_slices pass through.
+    FileNotFoundError. ValueError where the source has no folds. Errors of open_store and
+    split_slices pass through.
     """
+    layout = DATASETS[name].layout if name in DATASETS else None
+    if fold is not None and layout:
+        root = data_root if data_root is not None else DATASETS[name].root
+        raise ValueError(
+            f"--fold {fold}: --dataset {name} has no folds; python -m dataset.prepare {layout} "
+            f"--input {root} --output X --folds 5, then --dataset store --data_root X --fold {fold}"
+        )
     store = store or open_store(name, data_root, **extra)
     chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction, fold=fold)
     if split == "train":
@@ -90,5 +100,7 @@ def build_dataset(
         wanted = "test" if split == "val" else split
         raise FileNotFoundError(f"dataset {name}: no {wanted} slices in {store.folder}")
     return SliceDataset(
-        store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop, input_mode=input_mode
-    )
+        store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop,
+        input_mode=input_mode,
+        fold_digest=None if fold is None else fold_digest(read_fold(store.folder, fold)),
+    )  # fmt: skip

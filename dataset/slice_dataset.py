@@ -128,6 +128,7 @@ class SliceDataset(Dataset):
     at the stored size, where the store asks for it; then the slice becomes img_size x img_size.
     `crop` is the share of the side cut off at each edge first. C is 1 for input_mode "2d", 3 for
     "2.5d": the slice between its neighbours in the case, whether those are of the data set or not.
+    fold_digest: of the fold these slices are of, see `splits.fold_digest`; None without one.
     """
 
     def __init__(
@@ -139,8 +140,10 @@ class SliceDataset(Dataset):
         seed: int = 202307,
         crop: float = 0.0,
         input_mode: str = "2d",
+        fold_digest: str | None = None,
     ) -> None:
         self.store = store
+        self.fold_digest = fold_digest
         self.slices = slices
         self.img_size = img_size
         self.seed = seed
@@ -175,6 +178,7 @@ class SliceDataset(Dataset):
             "crop": self.crop,
             "body_crop": bool(index.get("body_crop", False)),
             "digest": self.store.digest,
+            "fold_digest": self.fold_digest,
         }
 
     @property

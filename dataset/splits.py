@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -68,6 +69,12 @@ def read_fold(folder: Path, fold: int) -> dict[str, list[str]]:
         known = f"folds 0 to {len(parts) - 1}" if parts else "no folds; prepare it with --folds N"
         raise ValueError(f"--fold {fold}: {path} has {known}")
     return parts[fold]
+
+
+def fold_digest(part: dict[str, list[str]]) -> str:
+    """Hex digest of who trains and who validates in a fold: another --folds or --seed, another."""
+    cases = [sorted(part["train"]), sorted(part["val"])]
+    return hashlib.sha256(json.dumps(cases).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

@@ -144,7 +144,10 @@ def test_a_spacing_is_taken_where_the_store_has_none(tmp_path: Path, data: Slice
         known_spacings(data, (1.0, 1.0, 1.0))
     mask = case(np.random.default_rng(2), (2, 32, 32))
     mixed = make(tmp_path / "mixed", [("a", "a", mask, None), ("b", "b", mask, [5, 1, 2])])
-    assert known_spacings(mixed, None) is None
+    with pytest.raises(ValueError, match="case a has no spacing.*--spacing"):
+        known_spacings(mixed, None)
+    alone = make(tmp_path / "alone", [("a", "a", mask, None)])
+    assert known_spacings(alone, None) is None
     assert known_spacings(mixed, (3.0, 0.5, 0.5)) == [(3.0, 0.5, 0.5), (5, 1, 2)]
     cases = evaluate_cases(Thresholds(), mixed, **RUN | {"spacing": (3.0, 0.5, 0.5)})[1]
     assert cases.in_mm

@@ -234,6 +234,12 @@ def test_folders_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
         merged_report.merged([first, twice], seed=1)
     with pytest.raises(ValueError, match=f"{pixels} has units pixels"):
         merged_report.merged([first, pixels], seed=1)
+    for key, other in (("prompts", "boxes"), ("dataset", "word"), ("views", "flip: 4 averaged")):
+        asked = evaluated(tmp_path / key, "c")
+        metrics = json.loads((asked / "metrics.json").read_text())
+        (asked / "metrics.json").write_text(json.dumps(metrics | {key: other}))
+        with pytest.raises(ValueError, match=f"{asked} has {key} {other}, {first} has"):
+            merged_report.merged([first, asked], seed=1)
     with pytest.raises(FileNotFoundError, match="--output_dir of an --eval"):
         merged_report.merged([first, tmp_path], seed=1)
     old = json.loads((twice / "metrics.json").read_text())
@@ -241,6 +247,15 @@ def test_folders_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
     (twice / "metrics.json").write_text(json.dumps(old))
     with pytest.raises(ValueError, match=f"{twice} holds no report of this version"):
         merged_report.merged([twice], seed=1)
+
+
+def test_a_merged_report_never_overwrites_what_it_is_made_of(tmp_path: Path) -> None:
+    folders = [tmp_path / "0", tmp_path / "1"]
+    merged_report.check_output(folders, tmp_path)
+    folders[1].mkdir()
+    (tmp_path / "link").symlink_to(folders[1])
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path / 'link'} is {folders[1]}"):
+        merged_report.check_output(folders, tmp_path / "link")
 
 
 # ------------------------------------------------------------------------------------ a browser

@@ -392,6 +392,7 @@ def assert_refused(result: Result, *wanted: str | Path) -> None:
         (["--batch_size", "two"], ["--batch_size", "two"]),
         (["--seed", "-3"], ["--seed", "-3"]),
         (["--val_fraction", "1"], ["--val_fraction 1.0", "below 1"]),
+        (["--val_fraction", "0", "--fold", "0"], ["--fold says who validates", "--val_fraction"]),
         (["--sam_model", "vit_x"], ["--sam_model", "vit_x", "vit_b"]),
         (["--amp", "fp8"], ["--amp", "fp8", "bf16"]),
         (["--device", "gpu"], ["--device gpu", "cuda"]),

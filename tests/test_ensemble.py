@@ -14,6 +14,7 @@ from usam.ensemble import (
     VIEWS,
     Averaged,
     check_members,
+    check_start,
     turned,
     turned_back,
     turned_prompts,
@@ -136,3 +137,30 @@ def test_members_that_saw_the_folds_cases_are_named() -> None:
         check_members(members({}, {}, fold=1), 0)
     with pytest.raises(ValueError, match="a.pth was trained without --fold"):
         check_members(members({}, {}), 0)
+
+
+def test_a_fold_of_the_same_number_but_other_cases_is_named() -> None:
+    pair = members({"fold_digest": "a"}, {"fold_digest": "b"}, fold=1)
+    check_members(pair[:1], 1, "a")
+    with pytest.raises(ValueError, match="b.pth was trained with another fold 1"):
+        check_members(pair, 1, "a")
+    check_members(members({}, {}, fold=1), 1, "a")  # of before digests: by its number only
+
+
+def test_a_start_that_saw_the_folds_cases_is_named() -> None:
+    run = {"dataset": "word", "digest": "store", "fold_digest": "a"}
+
+    def start(fold: int | None, given: int | None = 1, **changes: Any) -> None:
+        check_start(PATHS[0], {"args": {"fold": fold}, "data": run | changes}, given, run)
+
+    start(1)
+    start(2, dataset="other", digest="another")
+    start(None, digest="another")
+    start(None, given=None)
+    for changes in ({}, {"digest": "another"}):
+        with pytest.raises(ValueError, match="--init a.pth was trained with --fold 0"):
+            start(0, **changes)
+        with pytest.raises(ValueError, match="--init a.pth was trained with another fold 1"):
+            start(1, fold_digest="b", **changes)
+    with pytest.raises(ValueError, match="--init a.pth was trained without --fold"):
+        start(None)

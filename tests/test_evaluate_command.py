@@ -105,6 +105,13 @@ def test_folds_are_evaluated_on_their_own_cases_and_merged(
     assert "mean ± standard deviation over folders" in result.out
     wrong = evaluation(store, tmp_path / "wrong", runs / "fold0" / "best.pth")
     assert_refused(run(capsys, *wrong, "--fold", "1"), "--fold 1", "--fold 0 and has seen")
+    onto = run(capsys, "--merge", *folders, "--output_dir", folders[1])
+    assert_refused(onto, f"--output_dir {folders[1]}", "overwritten")
+    again = shutil.copytree(store, tmp_path / "again")
+    pairs = [(f"train{number}", "train") for number in range(6)]
+    write_json(again / "splits.json", split_table(pairs, folds=2, seed=2))
+    wrong = evaluation(again, tmp_path / "wrong", runs / "fold0" / "best.pth")
+    assert_refused(run(capsys, *wrong, "--fold", "0"), "best.pth", "another fold 0")
 
 
 def test_checkpoints_and_views_are_averaged(

@@ -11,6 +11,7 @@ import pytest
 from dataset import build_dataset
 from dataset.slices import SliceStore, write_case, write_index
 from dataset.splits import read_fold, split_table, write_json
+from usam.manifest import differences
 
 
 @pytest.fixture
@@ -71,3 +72,26 @@ def test_folds_of_other_cases_than_the_stores_are_refused(store: Path) -> None:
     (store / "splits.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match="case99 of splits.json is not among the training cases"):
         build_dataset("store", "val", store=SliceStore(store), fold=0)
+
+
+def test_a_fold_is_known_by_its_cases(store: Path) -> None:
+    def info(split: str, fold: int | None) -> dict:
+        return build_dataset("store", split, data_root=store, img_size=16, fold=fold).info
+
+    before = info("train", 0)
+    assert before["fold_digest"] == info("val", 0)["fold_digest"] != info("val", 1)["fold_digest"]
+    assert info("train", None)["fold_digest"] is None
+    splits = [(f"case{number}", "train") for number in range(6)]
+    write_json(store / "splits.json", split_table(splits, folds=3, seed=2))
+    after = info("train", 0)
+    assert after["digest"] == before["digest"]
+    assert after["fold_digest"] != before["fold_digest"]
+    run = {"arguments": {}, "samples_per_step": 1}
+    found, _ = differences({**run, "data": before}, {**run, "data": after}, ())
+    assert len(found) == 1
+    assert found[0].startswith("the data's fold_digest")
+
+
+def test_the_release_without_folds_names_the_way_to_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"prepare care --input .* --folds 5.*--data_root X"):
+        build_dataset("rectum", "train", data_root=tmp_path, fold=2)

@@ -268,3 +268,8 @@ def test_init_takes_what_fits_of_a_model_with_other_classes(tmp_path: Path) -> N
     assert model.sam.image_encoder.pos_embed.shape == (1, 2, 2, 96)
     with pytest.raises(ValueError, match="no encoder block fits"):
         weights.initialize(build_usam("vit_b", 3, 32), "vit_b", None, init=path)
+    data = {"classes": ["a", "b"], "img_size": 64, "digest": "store"}
+    path = save(state | {"data": data}, tmp_path / "seen.pth")
+    run = data | {"dataset": None, "fold_digest": "cases"}
+    with pytest.raises(ValueError, match="--fold 1: --init .*seen.pth was trained without --fold"):
+        weights.initialize(model, "vit_tiny", None, init=path, fold=1, data=run)

@@ -77,9 +77,10 @@ class CaseScores:
 
 
 def known_spacings(data: StoredSlices, given: Spacing | None) -> list[Spacing] | None:
-    """The spacing (z, y, x) in mm of each of the store's cases; None unless those used have one.
+    """The spacing (z, y, x) in mm of each of the store's cases; None where none used has one.
 
-    given: in place of what the store does not say. Raises ValueError where it says it for all.
+    given: in place of what the store does not say. Raises ValueError where it says it for all, or
+    where it says it for some only and none is given.
     """
     used = {number for number, _ in data.slices}
     missing = {number for number in used if data.store.cases[number]["spacing"] is None}
@@ -87,6 +88,11 @@ def known_spacings(data: StoredSlices, given: Spacing | None) -> list[Spacing] |
         stored = data.store.cases[min(used)]["spacing"]
         raise ValueError(f"--spacing: the store has its own, {stored}; leave it out")
     if missing and not given:
+        if missing != used:
+            raise ValueError(
+                f"case {data.store.cases[min(missing)]['id']} has no spacing, others have theirs; "
+                "give --spacing Z Y X in mm for those without"
+            )
         return None
     return [tuple(case["spacing"] or given or ()) for case in data.store.cases]
 

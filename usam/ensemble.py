@@ -104,12 +104,17 @@ def _turned_coords(coords: Tensor, view: View, side: int) -> Tensor:
     return torch.stack([x, y], dim=-1)
 
 
-def check_members(members: Sequence[tuple[Path, Mapping[str, Any]]], fold: int | None) -> None:
+def check_members(
+    members: Sequence[tuple[Path, Mapping[str, Any]]],
+    fold: int | None,
+    fold_digest: str | None = None,
+) -> None:
     """Raises ValueError unless checkpoints (path, content) can be averaged, evaluated on `fold`.
 
     They must have learnt the same classes from slices prepared alike, at one size; the encoder's
     size and the training may differ. Published checkpoints do not know the names of their classes.
-    With a fold each must have been trained with it, so that none has seen its cases.
+    With a fold each must have been trained with it, so that none has seen its cases. fold_digest:
+    that of the data; checkpoints older than it are known by the fold's number only.
     """
     (first, content), *others = members
     wanted = _described(content["data"])
@@ -125,10 +130,35 @@ def check_members(members: Sequence[tuple[Path, Mapping[str, Any]]], fold: int |
                     "only models of the same classes, size and input can be averaged"
                 )
     for path, other in members if fold is not None else ():
-        trained = other["args"].get("fold")
-        if trained != fold:
-            on = "without --fold" if trained is None else f"with --fold {trained}"
-            raise ValueError(f"--fold {fold}: {path} was trained {on} and has seen these cases")
+        _check_fold(str(path), other, fold, fold_digest)
+
+
+def check_start(
+    path: Path, content: Mapping[str, Any], fold: int | None, data: Mapping[str, Any]
+) -> None:
+    """Raises ValueError where --init, a checkpoint's content, has seen cases of the run's `fold`.
+
+    data: what the run's checkpoints say of it. A checkpoint of the same store must have been
+    trained with the same fold, and one of the same data set prepared otherwise with that or none.
+    """
+    theirs = content["data"]
+    same_store = theirs.get("digest") is not None and theirs["digest"] == data["digest"]
+    same_set = theirs.get("dataset") is not None and theirs["dataset"] == data["dataset"]
+    in_folds = same_set and content["args"].get("fold") is not None
+    if fold is not None and (same_store or in_folds):
+        _check_fold(f"--init {path}", content, fold, data["fold_digest"])
+
+
+def _check_fold(name: str, content: Mapping[str, Any], fold: int, digest: str | None) -> None:
+    trained, known = content["args"].get("fold"), content["data"].get("fold_digest")
+    if trained != fold:
+        on = "without --fold" if trained is None else f"with --fold {trained}"
+        raise ValueError(f"--fold {fold}: {name} was trained {on} and has seen these cases")
+    if known and digest and known != digest:
+        raise ValueError(
+            f"--fold {fold}: {name} was trained with another fold {fold} and has seen these cases; "
+            "the store was prepared again with other --folds, --seed or cases"
+        )
 
 
 def _described(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,21 +76,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 ONLY_FOR = {  # flags without a default that one model has
     "u-sam": (
-        "init",
-        "lora_weight",
-        "export_lora",
-        "ensemble",
-        "spacing",
-        "prompt_sweep",
-        "tta",
-        "merge",
-        "window",
-        "slice",
-        "probabilities",
-        "largest_component",
-    ),  # fmt: skip
+        "init", "lora_weight", "export_lora", "ensemble", "spacing", "prompt_sweep", "tta", "merge",
+        "window", "slice", "probabilities", "largest_component",
+    ),
     "sam-med3d": ("classes", "init_mask"),
-}
+}  # fmt: skip
 DATASETS_3D = ("volumes", "phantom3d")
 BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
 DESCRIBED = (  # as a checkpoint's is
@@ -209,6 +199,8 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     check_evaluation_flags(parser, args)
     if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
+    if args.val_fraction is not None and args.fold is not None:
+        parser.error("--fold says who validates, and so does --val_fraction; give one of them")
     if args.img_size and args.img_size % 16:
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
     if args.lora_weight and args.resume not in (None, AUTO):

@@ -20,6 +20,7 @@ from usam.case_report import LESIONS, VOLUMES, CaseReport, number, title_of, wit
 from usam.metrics import ClassCounts
 
 FOLDERS = "Each folder"
+SAME = ("dataset", "prompts", "views")  # of metrics.json: without these no score means the same
 SHOWN = ("dice", "iou", "hd95", "nsd_1", "nsd_2")
 
 
@@ -40,8 +41,8 @@ class Evaluated(NamedTuple):
 def merged(folders: Sequence[Path], seed: int) -> CaseReport:
     """The report of all cases of `folders`, each case in one of them only.
 
-    Raises FileNotFoundError where a folder holds no report, ValueError where classes or units
-    differ or a case comes twice.
+    Raises FileNotFoundError where a folder holds no report, ValueError where classes, units or
+    what was asked (SAME) differ or a case comes twice.
     """
     parts = [read_evaluated(folder) for folder in folders]
     sources = check_parts(parts)
@@ -63,6 +64,16 @@ def merged(folders: Sequence[Path], seed: int) -> CaseReport:
         sources=sources,
         extra={FOLDERS: folder_table(parts, cases.in_mm, seed)},
     )
+
+
+def check_output(folders: Sequence[Path], output: Path) -> None:
+    """Raises ValueError where `output` is one of `folders`: what is merged would be overwritten."""
+    for folder in folders:
+        if folder.resolve() == output.resolve():
+            raise ValueError(
+                f"--merge: --output_dir {output} is {folder}, whose report would be overwritten; "
+                "name another folder"
+            )
 
 
 def read_evaluated(folder: Path) -> Evaluated:
@@ -98,6 +109,7 @@ def check_parts(parts: Sequence[Evaluated]) -> dict[str, str]:
         for what, ours, theirs in (
             ("classes", first.classes, part.classes),
             ("units", first.metrics["per_case"]["unit"], part.metrics["per_case"]["unit"]),
+            *((key, *(one.metrics.get(key, "none") for one in (first, part))) for key in SAME),
         ):
             if ours != theirs:
                 raise ValueError(

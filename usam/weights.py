@@ -17,6 +17,7 @@ from torch import Tensor
 from usam import sam_file
 from usam.checkpoint import FORMAT, load_model_state
 from usam.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
+from usam.ensemble import check_start
 from usam.lora import is_lora, merged
 from usam.model import SAM_MODELS, USam, build_usam
 from usam.sam_file import check_names, resize
@@ -42,16 +43,24 @@ UNUSED = frozenset(
 
 
 def initialize(
-    model: USam, sam_model: str, sam_weight: str | Path | None, *, init: Path | None = None
+    model: USam,
+    sam_model: str,
+    sam_weight: str | Path | None,
+    *,
+    init: Path | None = None,
+    fold: int | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> str:
     """Start `model` from SAM's weights; one line that says what came from where.
 
-    init: a checkpoint of U-SAM to start from instead. sam_weight: a file, `none` for random
-    weights, or None for the official file of `sam_model` in weight/. A missing official file is
-    downloaded. Raises FileNotFoundError where that fails and ValueError where a file does not fit.
+    init: a checkpoint of U-SAM to start from instead, that must not have seen the cases of `fold`
+    of `data`, what checkpoints say of it; see `ensemble.check_start`. sam_weight: a file, `none`
+    for random weights, or None for the official file of `sam_model` in weight/. A missing official
+    file is downloaded. Raises FileNotFoundError where that fails and ValueError where a file does
+    not fit.
     """
     if init is not None:
-        return start_from(model, init, sam_weight)
+        return start_from(model, init, sam_weight, fold=fold, data=data)
     path = sam_file.find(sam_model, sam_weight)
     if path is None:
         meet_at_positions(model.sam["mask_decoder"].transformer)
@@ -59,15 +68,25 @@ def initialize(
     return str(sam_file.load_sam_checkpoint(model, path))
 
 
-def start_from(model: USam, path: Path, sam_weight: str | Path | None = None) -> str:
+def start_from(
+    model: USam,
+    path: Path,
+    sam_weight: str | Path | None = None,
+    *,
+    fold: int | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> str:
     """Put those weights of another U-SAM's checkpoint into `model` that fit; one line on the rest.
 
     Tables of positions are resized to the model's token grid; what depends on the classes stays
     at init where their number differs. LoRA goes on as such where `model` has one and is added to
     the weights otherwise. Raises ValueError where nothing of the encoder fits or the other U-SAM
-    has another --adapter.
+    has another --adapter or has seen the cases of `fold` (see `initialize`).
     """
-    saved, own = completed(read_checkpoint(path), path, sam_weight), model.state_dict()
+    content = read_checkpoint(path)
+    if data is not None:
+        check_start(path, content, fold, data)
+    saved, own = completed(content, path, sam_weight), model.state_dict()
     adapter = saved["data"].get("adapter", "u")
     if adapter != model.adapter:
         raise ValueError(f"{path} was trained with --adapter {adapter}; give it to this run, too")
