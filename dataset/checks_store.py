@@ -100,7 +100,7 @@ def _check_splits(store: SliceStore) -> Iterator[Finding]:
         for what, cases in (("names", ids - stored), ("leaves out", stored - ids)):
             if cases:
                 named = ", ".join(sorted(cases)[:5])
-                yield Finding("wrong", path.name, f"{split} {what} {named}, unlike the index")
+                yield Finding("wrong", path.name, f"{split} {what} {named:.200}, unlike the index")
     for number, (train, val) in enumerate(folds):
         if train & val or train | val != whole["train"]:
             yield Finding("wrong", path.name, f"fold {number} does not divide the training cases")
