@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,23 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def tidy(tmp_path: Path) -> Iterator[None]:
+    """A way's folders go after its test: with their optimizers' state they take a gigabyte."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
 @pytest.fixture
-def keep_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`after-k` beside a run's folder holds what was there after k epochs."""
+def keep_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`after-1` beside a run's folder holds what was there after the first epoch."""
     save = RunFolder.save
 
     def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        epochs = len((self.path / "log.jsonl").read_text().splitlines())
-        shutil.copytree(self.path, self.path.with_name(f"after-{epochs}"), dirs_exist_ok=True)
+        if len((self.path / "log.jsonl").read_text().splitlines()) == 1:
+            shutil.copytree(self.path, self.path.with_name("after-1"))
 
     monkeypatch.setattr(RunFolder, "save", save_and_copy)
 
@@ -72,7 +80,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
-@pytest.mark.usefixtures("keep_each_epoch")
+@pytest.mark.usefixtures("keep_the_first_epoch")
 @pytest.mark.parametrize(("adapter", "tuning"), WAYS)
 def test_a_way_trains_resumes_exactly_evaluates_and_predicts(
     adapter: str, tuning: str, data: tuple, scan: Path, tmp_path: Path, capsys: Any
@@ -135,7 +143,7 @@ def test_a_way_trains_in_bfloat16_with_activations_computed_again(
     assert all(value.isfinite().all() for value in tensors(tmp_path / "last.pth").values())
 
 
-@pytest.mark.usefixtures("keep_each_epoch")
+@pytest.mark.usefixtures("keep_the_first_epoch")
 @pytest.mark.parametrize(("adapter", "tuning"), [("u", "lora"), ("none", "decoder")])
 def test_small_checkpoints_resume_exactly_with_sams_file_and_say_when_it_is_missing(
     adapter: str, tuning: str, data: tuple, sam: Path, tmp_path: Path, capsys: Any
