@@ -23,7 +23,7 @@ from tests.stress.strikes import ERRORS, PLACES, Strike, in_variable
 from tests.stress.tiny_run import FLAGS, ROOT, alive_in_session, as_main, make_store, warm_up
 
 MAX_SECONDS = 15  # from the strike to the end of the last process
-PATIENCE = 90  # for a launch to come to the strike at all
+PATIENCE = 600  # for a launch to come to the strike at all
 LAUNCHED = 8
 RUN = (
     *FLAGS, "--epochs", "3", "--batch_size", "1", "--val_fraction", "0.34", "--num_workers", "1",
