@@ -77,11 +77,13 @@ def main() -> None:
     found = part(device, options.only, flags)
     if options.quick:
         return
-    parts = parts_of(RESULTS.read_text()) if RESULTS.is_file() else {}
+    parts = parts_of(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     if "cuda" not in parts and device == "cpu":
         parts["cuda"] = unmeasured("cuda")
     parts[device] = found
-    RESULTS.write_text("\n".join([HEAD, *(parts[name] for name in sorted(parts))]))
+    RESULTS.write_text(
+        "\n".join([HEAD, *(parts[name] for name in sorted(parts))]), encoding="utf-8"
+    )
     print(f"written: {RESULTS}")
 
 

@@ -79,7 +79,7 @@ def run(setting: Setting, output: Path, device: str, threads: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     variables = os.environ | {"OMP_NUM_THREADS": str(threads)}
     for words in commands(setting, output):
-        with (folder / "output.txt").open("a") as log:
+        with (folder / "output.txt").open("a", encoding="utf-8") as log:
             done = subprocess.run(
                 [sys.executable, str(ROOT / "u-sam.py"), *words, "--device", device],
                 stdout=log, stderr=log, env=variables,
@@ -110,7 +110,7 @@ def make_data(output: Path, labels: Path | None, wanted: Sequence[str] = STAND_I
 
 def read_scores(folder: Path) -> dict:
     """The metrics.json of a run."""
-    return json.loads((folder / "metrics.json").read_text())
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 def scores_of(output: Path, stand_in: str, input_mode: str, recipe: str) -> Scores | None:
@@ -166,11 +166,11 @@ def table(output: Path, stand_in: str) -> list[str]:
 
 def write_page(output: Path, page: Path = PAGE) -> None:
     """Replace the part of the page between its marks by the table of the runs in `output`."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     lines = [line for stand_in in STAND_INS for line in table(output, stand_in)]
-    page.write_text("\n".join([before + BEGIN, "", *lines, END + after]))
+    page.write_text("\n".join([before + BEGIN, "", *lines, END + after]), encoding="utf-8")
     print(f"written: {page}")
 
 

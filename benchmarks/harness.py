@@ -184,7 +184,7 @@ class PeakMemory:
 
 def resident_bytes() -> int:
     """This process's resident set, from Linux's /proc."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * 4096
 
 
@@ -193,7 +193,11 @@ def machine(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [row for row in info.read_text().splitlines() if row.startswith("model name")]
+        models = [
+            row
+            for row in info.read_text(encoding="utf-8").splitlines()
+            if row.startswith("model name")
+        ]
         name = models[0].split(":", 1)[1].strip() if models else name
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -37,3 +37,8 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork and train in the child come first: no fork may follow a backward pass."""
+    items.sort(key=lambda item: item.path.name not in ("test_stress.py", "test_faults.py"))

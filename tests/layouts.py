@@ -55,7 +55,7 @@ def nnunet(root: Path, table: dict, numbers: Sequence[int] = (1, 2), channels: i
             name = f"case_{number:03d}_{channel:04d}.nii.gz"
             write(root / "imagesTr" / name, image + 100 * channel)
         write(root / "labelsTr" / f"case_{number:03d}.nii.gz", label)
-    (root / "dataset.json").write_text(json.dumps(table))
+    (root / "dataset.json").write_text(json.dumps(table), encoding="utf-8")
     return root
 
 
@@ -72,5 +72,5 @@ def care(root: Path, slices: Mapping[str, Sequence[str]]) -> Path:
             image = np.random.default_rng(list(name.encode())).random((32, 32))
             np.savez(folder / f"{name}.npz", image=image, label=label)
             rows.append(f'{name},"[8, 10, 16, 20]"')
-        (root / split / f"{split}_bbox.csv").write_text("\n".join(rows) + "\n")
+        (root / split / f"{split}_bbox.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return root

@@ -52,7 +52,7 @@ def test_the_store_holds_a_patient_a_label_map_and_trains(store: SliceStore) -> 
     # Slices of 2 x 2.5 mm from the first labelled one to the last: 2 to 19 of the label's 24.
     assert len(data) == 3 * 9
     assert data[0]["image"].shape == (1, 64, 64)
-    splits = json.loads((store.folder / "splits.json").read_text())
+    splits = json.loads((store.folder / "splits.json").read_text(encoding="utf-8"))
     assert len(splits["test"]) == 1
 
 

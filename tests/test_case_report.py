@@ -70,7 +70,7 @@ class Page(HTMLParser):
         self.pictures: list[str] = []
         self.tags: list[str] = []
         self.text = ""
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -92,7 +92,7 @@ def test_the_page_holds_all_of_the_report_and_asks_for_nothing_else(tmp_path: Pa
     page = Page(path)
     assert all(address.startswith("data:") for address in page.addresses)
     assert not {"script", "link", "iframe"} & set(page.tags)
-    assert "url(" not in path.read_text()
+    assert "url(" not in path.read_text(encoding="utf-8")
     assert len(page.pictures) == 2  # box plots, one worst case
     for picture in page.pictures:
         content = b64decode(picture.removeprefix("data:image/png;base64,"))
@@ -103,7 +103,7 @@ def test_the_page_holds_all_of_the_report_and_asks_for_nothing_else(tmp_path: Pa
         assert rule in page.text
     (link,) = [address for address in page.addresses if address.startswith("data:text/csv")]
     content = b64decode(link.partition(",")[2]).decode()
-    assert content == (tmp_path / "report" / "cases.csv").read_text()
+    assert content == (tmp_path / "report" / "cases.csv").read_text(encoding="utf-8")
 
 
 def test_files_of_the_report(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_the_markdown_tables_hold_every_class_in_as_many_columns_as_their_head(
     tmp_path: Path,
 ) -> None:
     write_report(tmp_path, made("a", "b", "c"))
-    text = (tmp_path / "classes.md").read_text()
+    text = (tmp_path / "classes.md").read_text(encoding="utf-8")
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert len(tables) == 1 + 3 + 1  # classes; each of them and their mean; all pixels
     for table in tables:
@@ -153,8 +153,8 @@ def test_without_mm_tables_and_rules_say_pixels(tmp_path: Path) -> None:
     assert "HD95 (pixels)" in page.text
     assert "volume difference (voxels)" in page.text
     assert "--spacing" in page.text
-    assert "(mm)" not in page.text + (tmp_path / "classes.md").read_text()
-    assert "pixels, voxels" in (tmp_path / "cases.csv").read_text()
+    assert "(mm)" not in page.text + (tmp_path / "classes.md").read_text(encoding="utf-8")
+    assert "pixels, voxels" in (tmp_path / "cases.csv").read_text(encoding="utf-8")
 
 
 def test_what_is_printed_names_the_source_of_the_prompts() -> None:
@@ -236,15 +236,15 @@ def test_folders_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
         merged_report.merged([first, pixels], seed=1)
     for key, other in (("prompts", "boxes"), ("dataset", "word"), ("views", "flip: 4 averaged")):
         asked = evaluated(tmp_path / key, "c")
-        metrics = json.loads((asked / "metrics.json").read_text())
-        (asked / "metrics.json").write_text(json.dumps(metrics | {key: other}))
+        metrics = json.loads((asked / "metrics.json").read_text(encoding="utf-8"))
+        (asked / "metrics.json").write_text(json.dumps(metrics | {key: other}), encoding="utf-8")
         with pytest.raises(ValueError, match=f"{asked} has {key} {other}, {first} has"):
             merged_report.merged([first, asked], seed=1)
     with pytest.raises(FileNotFoundError, match="--output_dir of an --eval"):
         merged_report.merged([first, tmp_path], seed=1)
-    old = json.loads((twice / "metrics.json").read_text())
+    old = json.loads((twice / "metrics.json").read_text(encoding="utf-8"))
     del old["counts"]
-    (twice / "metrics.json").write_text(json.dumps(old))
+    (twice / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
     with pytest.raises(ValueError, match=f"{twice} holds no report of this version"):
         merged_report.merged([twice], seed=1)
 
@@ -282,7 +282,7 @@ def open_page(browser: str, page: Path, *flags: str) -> str:
 def test_a_browser_without_network_shows_every_figure(tmp_path: Path, browser: str) -> None:
     page = write_report(tmp_path / "report", made("a", "b", "c"))
     asked = page.with_name("asked.html")  # the page, and a question to the browser
-    asked.write_text(page.read_text() + (
+    asked.write_text(page.read_text(encoding="utf-8") + (
         "<script>addEventListener('load', () => { document.title = 'shown: ' + "
         "[...document.images].map(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 0); "
         "})</script>"

@@ -322,7 +322,7 @@ def fill(folder: RunFolder, epochs: range) -> None:
 
 
 def logged(path: Path) -> list[int]:
-    return [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+    return [json.loads(line)["epoch"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_a_fresh_run_moves_an_earlier_runs_files_aside(
@@ -330,7 +330,7 @@ def test_a_fresh_run_moves_an_earlier_runs_files_aside(
 ) -> None:
     run = tmp_path / "run"
     fill(RunFolder(run, None, 0), range(2))
-    (run / "notes.txt").write_text("mine")
+    (run / "notes.txt").write_text("mine", encoding="utf-8")
     (run / "overlays").mkdir()
     (run / "overlays" / "a.png").touch()
     assert capsys.readouterr().out == ""
@@ -349,12 +349,14 @@ def test_a_fresh_run_moves_an_earlier_runs_files_aside(
 
 def test_a_resumed_run_keeps_its_files_and_cuts_the_log_back(tmp_path: Path) -> None:
     fill(RunFolder(tmp_path, None, 0), range(4))
-    text = (tmp_path / "log.jsonl").read_text()
-    (tmp_path / "log.jsonl").write_text(text + '{"epoch": 4, "lo')  # cut short by a kill
+    text = (tmp_path / "log.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "log.jsonl").write_text(
+        text + '{"epoch": 4, "lo', encoding="utf-8"
+    )  # cut short by a kill
     folder = RunFolder(tmp_path, tmp_path / "last.pth", 3)
     assert logged(tmp_path / "log.jsonl") == [0, 1, 2]
     folder.log({"epoch": 3, "loss": 0.5})
-    assert (tmp_path / "log.jsonl").read_text() == text
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best.pth", "last.pth", "log.jsonl",
     ]  # fmt: skip
@@ -380,4 +382,4 @@ def test_the_log_is_strict_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         folder.log({"epoch": 0, "loss": float("nan")})
     folder.log({"epoch": 0, "loss": None})
-    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 0, "loss": null}\n'
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == '{"epoch": 0, "loss": null}\n'

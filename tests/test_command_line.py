@@ -112,7 +112,7 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        epochs = len((self.path / "log.jsonl").read_text().splitlines())
+        epochs = len((self.path / "log.jsonl").read_text(encoding="utf-8").splitlines())
         shutil.copytree(self.path, self.path.with_name(f"after-{epochs}"))
 
     with pytest.MonkeyPatch.context() as patched:
@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 1 <= len((folder / "log.jsonl").read_text().splitlines()) < EPOCHS
+    assert 1 <= len((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) < EPOCHS
     result = run(capsys, *flags, "--resume", "auto")
     assert result.code == 0, result.err
     assert_same_run(folder, trained)
@@ -206,7 +206,7 @@ def test_a_resumed_run_may_go_further_at_other_rates(
     assert result.code == 0, result.err
     assert "--override: goes on, and the result changes: --lr 0.5 (was 0.001)" in result.out
     assert "otherwise than before: --epochs 4 (was 3)" in result.out
-    line = json.loads((again / "log.jsonl").read_text().splitlines()[-1])
+    line = json.loads((again / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     # The last of two steps begins at 44 of 48 samples, 6 of them warm-up.
     assert (line["epoch"], line["lr"]) == (3, pytest.approx(0.5 * (1 - (44 - 6) / 48) ** 0.9))
 
@@ -222,7 +222,10 @@ def test_start_epoch_repeats_epochs_at_their_own_rates(
     )  # fmt: skip
     assert result.code == 0, result.err
     old, new = (
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for folder in (trained, again)
     )
     assert old[:2] == new[:2]
@@ -233,7 +236,10 @@ def test_start_epoch_repeats_epochs_at_their_own_rates(
 
 
 def test_the_log_says_what_was_trained(trained: Path) -> None:
-    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (trained / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["epoch"] for line in lines] == list(range(EPOCHS))
     assert [line["samples"] for line in lines] == [12, 24, 36]
     assert all(line["skipped_steps"] == 0 for line in lines)
@@ -285,7 +291,7 @@ def test_validation_on_the_test_cases_and_an_earlier_runs_files_are_said(
     assert "18 training slices, 6 to validate on" in result.out
     assert f"moved an earlier run's files to {folder / 'previous-1'}" in result.out
     assert_same_run(folder / "previous-1", trained)
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert len((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_too_few_cases_to_validate_on_are_said_and_best_is_the_last_epoch(
@@ -335,7 +341,9 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
     said = result.stdout.splitlines()
     assert [sum(line.startswith(f"epoch {n}:") for line in said) for n in (0, 1, 2)] == [1, 1, 0]
     assert sum("best.pth, last.pth and log.jsonl in" in line for line in said) == 1
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(line["epoch"], line["samples"]) for line in lines] == [(0, 12), (1, 24)]
     names = {p.name for p in folder.iterdir()}
     assert names - {"best.1.pth", "last.1.pth"} == RUN_FILES
@@ -350,7 +358,7 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
     assert result.stdout.count("9 test slices of 3 cases") == 1
     assert run(capsys, *evaluation, tmp_path / "one").code == 0
     for file in ("metrics.json", "report/cases.csv", "report/report.html"):
-        one, two = ((tmp_path / name / file).read_text() for name in ("one", "two"))
+        one, two = ((tmp_path / name / file).read_text(encoding="utf-8") for name in ("one", "two"))
         assert one == two, file
 
 
@@ -458,7 +466,7 @@ def test_labels_out_of_range_are_named(care: Path, capsys: Any) -> None:
 
 def test_a_csv_that_names_a_missing_file_is_named(care: Path, capsys: Any) -> None:
     table = care / "train" / "train_bbox.csv"
-    table.write_text(table.read_text() + 'case9_slice9,"[1, 2, 3, 4]"\n')
+    table.write_text(table.read_text(encoding="utf-8") + 'case9_slice9,"[1, 2, 3, 4]"\n')
     result = run(capsys, *TINY, "--dataset", "rectum", "--data_root", care)
     assert_refused(result, table, "case9_slice9")
 
@@ -544,8 +552,12 @@ def test_published_commands_parse(command: str) -> None:
 
 
 def test_every_flag_is_read() -> None:
-    text = Path(SCRIPT).read_text() + (ROOT / "sam_med3d.py").read_text()
-    text += (ROOT / "training.py").read_text() + (ROOT / "evaluation.py").read_text()
+    text = Path(SCRIPT).read_text(encoding="utf-8") + (ROOT / "sam_med3d.py").read_text(
+        encoding="utf-8"
+    )
+    text += (ROOT / "training.py").read_text(encoding="utf-8") + (ROOT / "evaluation.py").read_text(
+        encoding="utf-8"
+    )
     unread = [
         name
         for name in vars(flags.parse_flags(DATASETS, []))

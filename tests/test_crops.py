@@ -23,7 +23,7 @@ SCANS = {
 
 @pytest.fixture(scope="module")
 def geometry(recorded: Path) -> dict:
-    return json.loads((recorded / "sam_med3d_inference_geometry.json").read_text())
+    return json.loads((recorded / "sam_med3d_inference_geometry.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=SCANS)

@@ -59,7 +59,7 @@ def evaluation(store: Path, output: Path, *resume: Path) -> tuple[Any, ...]:
 
 def test_a_run_leaves_curves_and_names_its_prompts(runs: Path) -> None:
     assert (runs / "fold0" / "curves.png").stat().st_size > 5000
-    (line,) = (runs / "fold0" / "log.jsonl").read_text().splitlines()
+    (line,) = (runs / "fold0" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["val"]["prompts"] == "boxes around the true masks"
 
 
@@ -68,7 +68,7 @@ def test_evaluation_writes_scores_where_they_were_and_a_report(
 ) -> None:
     result = run(capsys, *evaluation(store, tmp_path, runs / "fold0" / "best.pth"))
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "metrics.json").read_text())
+    found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert (found["slices"], found["cases"], found["split"]) == (6, 2, "test")
     assert found["per_case"]["unit"] == "pixels, voxels"
     assert np.array(found["counts"]).sum() > 0
@@ -79,7 +79,7 @@ def test_evaluation_writes_scores_where_they_were_and_a_report(
     assert str(tmp_path / "report" / "report.html") in result.out
     spaced = evaluation(store, tmp_path / "mm", runs / "fold0" / "best.pth")
     assert run(capsys, *spaced, "--spacing", "5", "0.7", "0.7").code == 0
-    again = json.loads((tmp_path / "mm" / "metrics.json").read_text())
+    again = json.loads((tmp_path / "mm" / "metrics.json").read_text(encoding="utf-8"))
     assert again["per_case"]["unit"] == "mm, ml"
     assert (again["dice"], again["counts"]) == (found["dice"], found["counts"])
 
@@ -97,7 +97,7 @@ def test_folds_are_evaluated_on_their_own_cases_and_merged(
     rows = list(csv.DictReader((tmp_path / "all" / "report" / "cases.csv").open()))
     assert sorted({row["case"] for row in rows}) == [f"train{number}" for number in range(6)]
     parts, found = (
-        [json.loads((folder / "metrics.json").read_text()) for folder in chosen]
+        [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in chosen]
         for chosen in (folders, [tmp_path / "all"])
     )
     assert found[0]["counts"] == (np.array(parts[0]["counts"]) + parts[1]["counts"]).tolist()
@@ -120,13 +120,15 @@ def test_checkpoints_and_views_are_averaged(
     both = [runs / f"fold{fold}" / "best.pth" for fold in (0, 1)]
     result = run(capsys, *evaluation(store, tmp_path, *both), "--tta", "flip")
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "metrics.json").read_text())
+    found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert found["checkpoint"] == f"{both[0]}, {both[1]}, averaged"
     assert found["views"] == "flip: 4 averaged"
     twice = (both[0], both[0])  # the same again changes no answer
     assert run(capsys, *evaluation(store, tmp_path / "2", *twice)).code == 0
     assert run(capsys, *evaluation(store, tmp_path / "1", both[0])).code == 0
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "12")
+    one, two = (
+        json.loads((tmp_path / name / "metrics.json").read_text(encoding="utf-8")) for name in "12"
+    )
     assert one["counts"] == two["counts"]
 
 
@@ -143,7 +145,7 @@ def test_a_scan_is_predicted_by_an_ensemble(runs: Path, tmp_path: Path, capsys: 
     assert result.code == 0, result.err
     label = nib.load(tmp_path / "out" / "ct_seg.nii.gz")
     assert label.shape == (32, 32, 3)
-    facts = json.loads((tmp_path / "out" / "ct_seg.json").read_text())
+    facts = json.loads((tmp_path / "out" / "ct_seg.json").read_text(encoding="utf-8"))
     assert facts["views"] == "flip+rot: 8 averaged"
     chances = nib.load(tmp_path / "out" / "ct_probabilities.nii").get_fdata()
     np.testing.assert_allclose(chances.sum(axis=-1), 1, atol=1e-3)
@@ -155,12 +157,12 @@ def test_the_sweep_over_prompts_is_printed_and_saved(
     arguments = evaluation(store, tmp_path, runs / "fold0" / "best.pth")
     result = run(capsys, *arguments, "--prompt_sweep")
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "metrics.json").read_text())
+    found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert len(found["prompt_sweep"]) == 13
     exact = [one for one in found["prompt_sweep"] if one["prompt_jitter"] == "0"]
     assert exact[1]["dice"] == found["dice"]  # boxes, as the model was trained
     assert "off by up to 10% of the image's side" in result.out
-    assert "off by up to 10%" in (tmp_path / "report" / "classes.md").read_text()
+    assert "off by up to 10%" in (tmp_path / "report" / "classes.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ def write_run(output: Path, setting: Setting, dice: dict[str, float]) -> Path:
     folder.mkdir(parents=True)
     scores = {"background": 0.99, **dice}
     mean = sum(dice.values()) / len(dice)
-    (folder / "metrics.json").write_text(json.dumps({"dice": scores, "mean_dice": mean}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"dice": scores, "mean_dice": mean}), encoding="utf-8"
+    )
     return folder
 
 
@@ -67,10 +69,12 @@ def test_a_stand_in_without_all_its_runs_is_not_in_the_table(output: Path) -> No
 
 def test_the_page_keeps_its_words_around_the_table(output: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Before\n\n{evidence.BEGIN}\nold\n{evidence.END}\n\nAfter\n")
+    page.write_text(
+        f"# Before\n\n{evidence.BEGIN}\nold\n{evidence.END}\n\nAfter\n", encoding="utf-8"
+    )
     for _ in range(2):
         evidence.write_page(output, page)
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         assert text.startswith(f"# Before\n\n{evidence.BEGIN}\n\n### phantom\n")
         assert text.endswith(f"{evidence.END}\n\nAfter\n")
         assert "old" not in text
@@ -106,7 +110,7 @@ def test_its_commands_differ_only_in_what_is_compared(tmp_path: Path) -> None:
 
 
 def test_every_command_of_reproduce_parses() -> None:
-    text = (ROOT / "docs" / "reproduce.md").read_text()
+    text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python u-sam\.py (.*)$|`python u-sam\.py (--[^`]*)`", text, re.M)
     assert len(commands) >= 12
     for words in commands:

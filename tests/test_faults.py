@@ -45,19 +45,21 @@ def run(
     log = folder.with_suffix(".log")
     words = [*tiny_run.FLAGS, "--data_root", store, "--output_dir", folder, *flags]
     (child,) = tiny_run.start(words, log, inject=inject)
-    assert wait_for(child) == 0, log.read_text()
-    return log.read_text()
+    assert wait_for(child) == 0, log.read_text(encoding="utf-8")
+    return log.read_text(encoding="utf-8")
 
 
 def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 # ------------------------------------------------------------------ the table
 
 
 def test_every_fault_has_tests_that_exist() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text()
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [int(row[0].strip("| ")) for row in rows] == list(range(1, 34))
     for row in rows:
@@ -69,7 +71,7 @@ def test_every_fault_has_tests_that_exist() -> None:
             source = ROOT / "tests" / f"{name}.py"  # a whole file, or a test of the last one named
             wanted = "" if source.exists() else f"def {name}("
             source = source if source.exists() else ROOT / "tests" / f"{file}.py"
-            assert wanted in source.read_text(), f"{row[1]}: {file}::{name}"
+            assert wanted in source.read_text(encoding="utf-8"), f"{row[1]}: {file}::{name}"
 
 
 # ------------------------------------------------------------------ saving
@@ -139,7 +141,7 @@ def test_a_run_without_any_score_keeps_its_files(store: Path, tmp_path: Path) ->
     for name in ("best.pth", "last.pth"):
         assert torch.load(folder / name, weights_only=True)["progress"]["epoch"] > 0
     assert [line["val"]["mean_dice"] for line in lines_of(folder)] == [None, None]
-    assert "NaN" not in (folder / "log.jsonl").read_text()
+    assert "NaN" not in (folder / "log.jsonl").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------ data
@@ -171,8 +173,8 @@ def test_a_data_set_of_empty_masks_trains_and_evaluates_every_slice(tmp_path: Pa
              "--output_dir", tmp_path / "scores"]  # fmt: skip
     log = tmp_path / "log"
     (child,) = tiny_run.start(words, log)
-    assert wait_for(child) == 0, log.read_text()
-    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert wait_for(child) == 0, log.read_text(encoding="utf-8")
+    metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["slices"] == 4
 
 
@@ -250,7 +252,7 @@ def test_launches_at_the_same_time_do_not_meet(store: Path, tmp_path: Path) -> N
         words = [*flags, str(tmp_path / f"run{number}")]
         launches[ranks.begin(2, words, nobody, log=log, launched=False)] = log
     for launch, log in launches.items():
-        assert wait_for(launch) == 0, log.read_text()
+        assert wait_for(launch) == 0, log.read_text(encoding="utf-8")
     assert len({run_digest(tmp_path / f"run{number}") for number in range(3)}) == 1
 
 
@@ -258,5 +260,5 @@ def test_the_digest_of_a_store_is_that_of_its_index(tmp_path: Path) -> None:
     root = tiny_run.make_store(tmp_path / "store", train=1)
     digest = SliceStore(root).digest
     assert SliceStore(root).digest == digest
-    (root / "index.json").write_text((root / "index.json").read_text() + " ")
+    (root / "index.json").write_text((root / "index.json").read_text(encoding="utf-8") + " ")
     assert SliceStore(root).digest != digest

@@ -58,7 +58,7 @@ def test_folds_that_are_not_there_are_told_in_one_line(store: Path) -> None:
     write_json(store / "splits.json", {"train": [], "val": [], "test": [], "folds": []})
     with pytest.raises(ValueError, match="no folds; prepare it with --folds N"):
         read_fold(store, 0)
-    (store / "splits.json").write_text('{"folds": [{"train": 3}]}')
+    (store / "splits.json").write_text('{"folds": [{"train": 3}]}', encoding="utf-8")
     with pytest.raises(ValueError, match="no splits as dataset.prepare writes them"):
         read_fold(store, 0)
     (store / "splits.json").unlink()
@@ -67,9 +67,9 @@ def test_folds_that_are_not_there_are_told_in_one_line(store: Path) -> None:
 
 
 def test_folds_of_other_cases_than_the_stores_are_refused(store: Path) -> None:
-    table = json.loads((store / "splits.json").read_text())
+    table = json.loads((store / "splits.json").read_text(encoding="utf-8"))
     table["folds"][0]["val"].append("case99")
-    (store / "splits.json").write_text(json.dumps(table))
+    (store / "splits.json").write_text(json.dumps(table), encoding="utf-8")
     with pytest.raises(ValueError, match="case99 of splits.json is not among the training cases"):
         build_dataset("store", "val", store=SliceStore(store), fold=0)
 

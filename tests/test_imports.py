@@ -16,7 +16,7 @@ FLAG_READERS = {"usam/flags.py", "dataset/prepare.py", "dataset/verify.py"}
 def imported(path: Path) -> set[str]:
     """Every module a file imports, wherever in the file."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -45,7 +45,9 @@ def test_leaves_import_nothing_of_the_project(leaf: str) -> None:
 def test_only_commands_parse_flags() -> None:
     for path in [ROOT / "u-sam.py", *files("usam"), *files("dataset")]:
         name = str(path.relative_to(ROOT))
-        assert ("ArgumentParser(" in path.read_text()) <= (name in FLAG_READERS), name
+        assert ("ArgumentParser(" in path.read_text(encoding="utf-8")) <= (name in FLAG_READERS), (
+            name
+        )
 
 
 def test_only_the_entry_point_reads_the_command_line() -> None:

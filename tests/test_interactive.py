@@ -264,7 +264,9 @@ def test_a_run_records_its_choices(whole: Path) -> None:
         "img_size": 64, "clicks": "accumulate", "threshold": 0.0, "prompt_mode": "clicks",
     }  # fmt: skip
     assert {name: saved["data"][name] for name in wanted} == wanted
-    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (whole / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert set(lines[0]["val"]["dice"]) == {"1 click", "3 clicks", "5 clicks", "10 clicks"}
 
@@ -293,7 +295,7 @@ def test_a_killed_run_resumes_to_the_same_end(
     assert found["progress"] == wanted["progress"] and found["best"] == wanted["best"]
     for name, value in wanted["model"].items():
         assert torch.equal(found["model"][name], value), name
-    lines = [(folder / "log.jsonl").read_text() for folder in (tmp_path, whole)]
+    lines = [(folder / "log.jsonl").read_text(encoding="utf-8") for folder in (tmp_path, whole)]
     assert lines[0] == lines[1]
 
 
@@ -305,9 +307,9 @@ def test_evaluation_leaves_scores_and_curves(
         usam_py, "--eval", "--resume", whole / "best.pth", "--dataset", "volumes", "--data_root",
         store, "--classes", "aorta", "--output_dir", tmp_path,
     )  # fmt: skip
-    scores = json.loads((tmp_path / "metrics.json").read_text())
+    scores = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert scores["objects"] == 1 and list(scores["classes"]) == ["aorta"]
-    assert len((tmp_path / "clicks.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "clicks.csv").read_text(encoding="utf-8").splitlines()) == 5
     assert "10 clicks" in capsys.readouterr().out and (tmp_path / "clicks.png").exists()
 
 
@@ -337,7 +339,7 @@ def test_prediction_keeps_the_scans_geometry(
         {"name": "one", "label": 4, "points": [[3, 4, 5]]},
         {"name": "two", "label": 9, "points": [[15, 18, 9]]},
     ]}  # fmt: skip
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     words = ["--predict", scan, "--resume", whole / "best.pth", "--output_dir", tmp_path]
     run(usam_py, *words, "--prompts", tmp_path / "prompts.json", "--overlay")
     assert (tmp_path / "scan_overlay.png").exists()
@@ -346,7 +348,7 @@ def test_prediction_keeps_the_scans_geometry(
     assert label.shape == given.shape and label.dtype == np.uint8
     np.testing.assert_array_equal(found.affine, given.affine)
     assert label[3, 4, 5] == 4 and label[15, 18, 9] == 9 and label[3, 18, 5] == 0
-    rows = json.loads((tmp_path / "scan_seg.json").read_text())["objects"]
+    rows = json.loads((tmp_path / "scan_seg.json").read_text(encoding="utf-8"))["objects"]
     assert [row["name"] for row in rows] == ["one", "two"]
     voxels = int((label == 4).sum())
     assert rows[0]["voxels"] == voxels
@@ -363,7 +365,7 @@ def test_published_weights_predict_without_a_checkpoint_of_ours(
     words += ["--sam_weight", tmp_path / "turbo.pth", "--output_dir", tmp_path]
     run(usam_py, *words, "--box", -10, 10, 6, -20, 30, 30, "--mm")
     assert "points, 1 windows" in capsys.readouterr().out
-    (row,) = json.loads((tmp_path / "scan_seg.json").read_text())["objects"]
+    (row,) = json.loads((tmp_path / "scan_seg.json").read_text(encoding="utf-8"))["objects"]
     assert row["box"] == "given to the model"
 
 

@@ -90,7 +90,7 @@ def test_one_channel_and_three_equal_channels_agree():
 
 
 def read_shapes(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 

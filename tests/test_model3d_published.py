@@ -61,7 +61,7 @@ def run_encoder(model: torch.nn.Module, volume: torch.Tensor) -> SimpleNamespace
 
 
 def test_names_and_shapes_are_the_published_ones(recorded: Path) -> None:
-    rows = (recorded / "sam_med3d_vit_b_ori.tsv").read_text().splitlines()[1:]
+    rows = (recorded / "sam_med3d_vit_b_ori.tsv").read_text(encoding="utf-8").splitlines()[1:]
     wanted = {
         name: tuple(int(n) for n in shape.split("x"))
         for name, shape, *_ in (row.split("\t") for row in rows)

@@ -50,7 +50,9 @@ def alive(session: int) -> list[str]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            state, _, _, of = (
+                (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[:4]
+            )
         except OSError:
             continue
         if int(of) == session and state != "Z":
@@ -72,7 +74,7 @@ def test_the_others_end_within_seconds_and_no_process_stays(
     store: Path, tmp_path: Path, fault: str
 ) -> None:
     script = tmp_path / "faulty.py"
-    script.write_text(FAULTY)
+    script.write_text(FAULTY, encoding="utf-8")
     flags = [*TRAINED, "--data_root", store, "--output_dir", tmp_path / "run", "--epochs", "40",
              "--num_workers", "1", "--save_every", "1", "--batch_size", "1"]  # fmt: skip
     variables = environment() | {"FAULT": fault, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -83,7 +85,7 @@ def test_the_others_end_within_seconds_and_no_process_stays(
         of_rank = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(subprocess.Popen(
             [sys.executable, str(script), *map(str, flags)], env=of_rank, start_new_session=True,
-            stdout=output.open("w"), stderr=subprocess.STDOUT,
+            stdout=output.open("w", encoding="utf-8"), stderr=subprocess.STDOUT,
         ))  # fmt: skip
     kind, _, number, _ = fault.split()
     faulty, other = int(number), 1 - int(number)
@@ -95,10 +97,10 @@ def test_the_others_end_within_seconds_and_no_process_stays(
         time.sleep(0.1)
     assert time.monotonic() - died < WITHIN
     assert not any(alive(session) for session in sessions)
-    said = outputs[faulty].read_text()
+    said = outputs[faulty].read_text(encoding="utf-8")
     if kind == "kill":
         assert code == -signal.SIGKILL
     else:
         assert (code, "the true error" in said) == (2 if kind == "error" else 1, True)
-    assert "another process of this run has ended" in outputs[other].read_text()
-    assert "Traceback" not in outputs[other].read_text()
+    assert "another process of this run has ended" in outputs[other].read_text(encoding="utf-8")
+    assert "Traceback" not in outputs[other].read_text(encoding="utf-8")

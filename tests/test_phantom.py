@@ -81,7 +81,7 @@ def test_a_store_is_drawn_once_and_again_when_the_recipe_changes(tmp_path):
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="other files"):
         phantom.open_store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -102,7 +102,7 @@ def test_it_is_drawn_once_and_again_for_another_recipe(root: Path) -> None:
 
 
 def test_another_folder_is_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="holds other files"):
         open_volumes("phantom3d", tmp_path)
     with pytest.raises(ValueError, match="at least one case"):

@@ -205,7 +205,7 @@ def test_a_care_slice_is_read_on_its_own_scale(tmp_path):
     data = data_of(orientation="stored", window=None)
     result = predict(tmp_path / "7.npz", tmp_path / "out", Oracle(), data, window=(-1.0, 1.0))
     np.testing.assert_array_equal(np.asarray(result.dataobj), label[:, :, None])
-    rows = json.loads((tmp_path / "out" / "out_seg.json").read_text())["classes"]
+    rows = json.loads((tmp_path / "out" / "out_seg.json").read_text(encoding="utf-8"))["classes"]
     assert rows[1]["volume_ml"] is None
     with pytest.raises(ValueError, match="holds no HU"):
         predict(tmp_path / "7.npz", tmp_path / "out", Oracle(), data_of())
@@ -290,7 +290,7 @@ def test_slices_without_a_prompt_stay_background(tmp_path):
     assert labels.tolist() == [[1, 0, -1, -1, -1, -1], [1, -1, -1, -1, -1, -1]]
     assert coords[0, :2].tolist() == [[4, 4], [10, 10]]
     assert boxes.tolist() == [[0, 0, 36, 36]] * 2  # as training gives for an empty mask
-    told = json.loads((tmp_path / "o" / "out_seg.json").read_text())
+    told = json.loads((tmp_path / "o" / "out_seg.json").read_text(encoding="utf-8"))
     assert told["prompted_slices"] == [2, 5]
     background = nib.load(tmp_path / "o" / "out_probabilities.nii").get_fdata()[..., 0]
     np.testing.assert_allclose(background[:, :, [0, 1, 3, 4, 6]], 1)
@@ -338,9 +338,11 @@ def test_prompts_come_from_a_file_too(tmp_path):
     expected = ScanPrompts(
         points=((1.0, 2.0, 3.0, 1), (4.0, 5.0, 6.0, 0)), boxes=((2, 1.0, 2.0, 3.0, 4.0),)
     )
-    file.write_text(json.dumps(one))
+    file.write_text(json.dumps(one), encoding="utf-8")
     assert read_prompts(file, "any.nii.gz") == expected
-    file.write_text(json.dumps({"scans": {"a.nii.gz": one, "b.nii": {"mm": True}}}))
+    file.write_text(
+        json.dumps({"scans": {"a.nii.gz": one, "b.nii": {"mm": True}}}), encoding="utf-8"
+    )
     assert read_prompts(file, "a.nii.gz") == expected
     assert read_prompts(file, "b.nii") == ScanPrompts(mm=True)
     with pytest.raises(ValueError, match="names no scan 'c.nii'"):
@@ -364,7 +366,7 @@ def test_a_file_of_something_else_is_told_in_one_line(tmp_path, text):
 def test_the_json_tells_classes_and_millilitres(tmp_path):
     scan = write(tmp_path / "Doe^Jane.nii.gz", coded(truth()), lps_affine((2.0, 2.5, 4.0)))
     predict(scan, tmp_path / "out", Oracle(), data_of(colors=["#000000", "#ff0000"] + [None] * 15))
-    told = json.loads((tmp_path / "out" / "out_seg.json").read_text())
+    told = json.loads((tmp_path / "out" / "out_seg.json").read_text(encoding="utf-8"))
     row = told["classes"][1]
     assert (row["id"], row["name"], row["color"]) == (1, "organ 1", "#ff0000")
     assert row["voxels"] == np.count_nonzero(truth() == 1)
@@ -553,7 +555,7 @@ def test_a_prompted_model_says_so_and_takes_prompts(tmp_path, tiny, command):
     with pytest.raises(ValueError, match="give --point and --box"):
         command(*words)
     command(*words, "--point", 3, 4, 2, "--box", 1, 2, 8, 9, "--slice", 2)
-    told = json.loads((tmp_path / "out" / "a_seg.json").read_text())
+    told = json.loads((tmp_path / "out" / "a_seg.json").read_text(encoding="utf-8"))
     assert told["prompted_slices"] == [2]
     with pytest.raises(ValueError, match="--box and --point mark one scan"):
         command(*words[:2], scan, *words[2:], "--point", 3, 4, 2)

@@ -149,7 +149,7 @@ def test_a_signal_while_validating_or_saving_leads_to_a_saved_state(
     saved = torch.load(folder / "last.pth", weights_only=True)
     assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (epoch, 0)
     assert ("unvalidated" in saved) == (name == "predictions")
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert len((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1
     assert run(capsys, *flags(folder)).code == 0
     assert_same_run(folder, whole)
 
@@ -231,7 +231,9 @@ def test_workers_sit_out_signals_to_the_whole_group_but_end_with_their_process()
 
 def wait_for_lines(folder: Path, number: int, process: subprocess.Popen) -> None:
     log = folder / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= number):
+    while process.poll() is None and not (
+        log.exists() and log.read_text(encoding="utf-8").count("\n") >= number
+    ):
         time.sleep(0.01)
     assert process.poll() is None, process.communicate()[0]
 
@@ -248,7 +250,7 @@ def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
     assert "stopped as asked" in out
     assert run(capsys, *flags(folder)).code == 0
     assert_same_run(folder, whole)
-    starts = json.loads((folder / "manifest.json").read_text())["starts"]
+    starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
     assert [start["resumed"] for start in starts] == [None, str(folder / "last.pth")]
 
 
@@ -257,7 +259,9 @@ def pids_of_ranks(launcher: int) -> dict[str, int]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int(
+                (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+            )
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue

@@ -191,7 +191,7 @@ def test_spacing_and_crop_keep_millimetres(tmp_path):
 def test_splits_are_by_case_and_plain_json(tmp_path):
     layouts.word(tmp_path / "in", {"Tr": [1, 2, 3, 4, 5], "Ts": [8]})
     prepare("word", tmp_path / "in", tmp_path / "out", "--folds", "5")
-    table = json.loads((tmp_path / "out" / "splits.json").read_text())
+    table = json.loads((tmp_path / "out" / "splits.json").read_text(encoding="utf-8"))
     assert table["test"] == ["word_0008"]
     assert sorted(case for fold in table["folds"] for case in fold["val"]) == table["train"]
     assert all(not set(fold["train"]) & set(fold["val"]) for fold in table["folds"])

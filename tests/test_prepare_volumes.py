@@ -76,7 +76,7 @@ def test_nnunet_tables_and_plain_pairs(tmp_path: Path) -> None:
         (tmp_path / version / "imagesTr" / "case_001.nii.gz").rename(
             tmp_path / version / "imagesTr" / "case_001_0000.nii.gz"
         )
-        (tmp_path / version / "dataset.json").write_text(json.dumps(table))
+        (tmp_path / version / "dataset.json").write_text(json.dumps(table), encoding="utf-8")
         store = prepared(tmp_path / version, tmp_path / f"{version}_out")
         assert store.classes == ["background", "a", "b"]
         assert store.cases[0]["objects"] == [1, 2]

@@ -41,7 +41,7 @@ def values_at(mask, coords):
 
 
 def test_evaluation_prompts_equal_the_published_ones(recorded, shared_data):
-    slices = json.loads((recorded / "usam_data.json").read_text())["slices"]
+    slices = json.loads((recorded / "usam_data.json").read_text(encoding="utf-8"))["slices"]
     paths = {path.stem: path for path in shared_data.glob("care/**/*.npz")}
     assert paths.keys() & slices.keys()
     for name in sorted(paths.keys() & slices.keys()):

@@ -24,7 +24,9 @@ LAUNCHES = re.compile(
 
 
 def test_every_command_of_the_readme_parses() -> None:
-    text = "\n".join(code_blocks((ROOT / "README.md").read_text())).replace("\\\n", " ")
+    text = "\n".join(code_blocks((ROOT / "README.md").read_text(encoding="utf-8"))).replace(
+        "\\\n", " "
+    )
     starts = ("python u-sam.py", "python -m torch.distributed", "torchrun", "bash train_sam.sh")
     commands = [line.strip() for line in text.splitlines() if line.strip().startswith(starts)]
     found = {start for start in starts for command in commands if command.startswith(start)}
@@ -39,7 +41,12 @@ def test_every_command_of_the_readme_parses() -> None:
 
 
 def test_the_readmes_table_lists_every_flag_and_no_other(capsys: pytest.CaptureFixture) -> None:
-    section = (ROOT / "README.md").read_text().partition("\n## Flags\n")[2].partition("\n## ")[0]
+    section = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("\n## Flags\n")[2]
+        .partition("\n## ")[0]
+    )
     cells = re.findall(r"^\|([^|]*)\|", section, flags=re.MULTILINE)
     listed = re.findall(r"`(--\w+)", " ".join(cells))
     assert sorted(listed) == sorted(all_flags(capsys))

@@ -267,7 +267,7 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        if len((self.path / "log.jsonl").read_text().splitlines()) == 1:
+        if len((self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
             shutil.copytree(self.path, folder / "short")
 
     with pytest.MonkeyPatch.context() as patched:
@@ -316,7 +316,7 @@ def test_evaluation_uses_the_average_and_any_prompts(
             "--output_dir", tmp_path, *more,
         )  # fmt: skip
         assert result.code == 0, result.err
-        found.append(json.loads((tmp_path / "metrics.json").read_text()))
+        found.append(json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")))
     assert [scores["prompts"].split()[0] for scores in found] == ["none", "none", "3"]
     assert found[0]["dice"] == found[1]["dice"]
 
@@ -346,7 +346,7 @@ def test_training_stops_when_nothing_gets_better(store: Path, tmp_path: Path, ca
     assert last["progress"]["epoch"] == best + 3
     result = run(capsys, *flags_given, "--resume", tmp_path / "last.pth")
     assert result.code == 0, result.err
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(lines)
+    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == len(lines)
 
 
 # ------------------------------------------------------------------------------------ flags

@@ -39,7 +39,7 @@ def make_release(root: Path, train: list[str], test: list[str], *, unlisted: int
             write_npz(root / split / f"{split}_npz" / f"{name}.npz")
         (root / split).mkdir(parents=True, exist_ok=True)
         rows = "\n".join(f'{name},"[1, 2, 3, 4]"' for name in names[: len(names) - unlisted])
-        (root / split / f"{split}_bbox.csv").write_text(f"name,bbox\n{rows}\n")
+        (root / split / f"{split}_bbox.csv").write_text(f"name,bbox\n{rows}\n", encoding="utf-8")
     return root
 
 
@@ -102,7 +102,9 @@ def test_a_store_is_packed_once_and_again_when_the_source_changes(tmp_path: Path
 
     os.utime(changed, ns=(1, 1))
     third = open_store("rectum", root).digest
-    (root / "train/train_bbox.csv").write_text(CSV.format(f'{NAMES[0]},"[1,2,3,4]"'))
+    (root / "train/train_bbox.csv").write_text(
+        CSV.format(f'{NAMES[0]},"[1,2,3,4]"'), encoding="utf-8"
+    )
     fourth = open_store("rectum", root)
     assert len({first, second.digest, third, fourth.digest}) == 4
     assert len(fourth.slices("train")) == 1
@@ -126,7 +128,7 @@ def test_processes_packing_at_once_agree(tmp_path: Path) -> None:
 def test_a_damaged_store_is_packed_again(tmp_path: Path) -> None:
     root = make_release(tmp_path, NAMES, ["77"])
     first = open_store("rectum", root).digest
-    (root / "packed" / "index.json").write_text("{")
+    (root / "packed" / "index.json").write_text("{", encoding="utf-8")
     assert open_store("rectum", root).digest == first
 
 
@@ -169,7 +171,7 @@ def test_missing_data_names_folder_layout_and_phantom(tmp_path: Path) -> None:
 def test_a_missing_csv_and_a_missing_slice_are_named(tmp_path: Path) -> None:
     root = make_release(tmp_path, NAMES, ["77"])
     table = root / "train" / "train_bbox.csv"
-    table.write_text(CSV.format('gone,"[1, 2, 3, 4]"'))
+    table.write_text(CSV.format('gone,"[1, 2, 3, 4]"'), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"train_bbox\.csv names 'gone'"):
         open_store("rectum", root)
     shutil.rmtree(root / "train" / "train_npz")
@@ -348,7 +350,7 @@ def test_real_slices_match_the_recorded_statistics(
     shutil.copytree(shared_data / "care", root, copy_function=shutil.copyfile)
     for folder in [root, *filter(Path.is_dir, root.rglob("*"))]:
         folder.chmod(0o755)
-    numbers = json.loads((recorded / "usam_data.json").read_text())
+    numbers = json.loads((recorded / "usam_data.json").read_text(encoding="utf-8"))
     seen = set()
     for split in ("train", "test"):
         dataset = build_dataset("rectum", split, data_root=root, val_fraction=0)

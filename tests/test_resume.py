@@ -105,7 +105,7 @@ def test_auto_starts_where_nothing_is_and_says_so(store: Path, tmp_path: Path, c
     assert epoch_of(folder / "last.pth") == 1
 
 
-@pytest.mark.parametrize("given", [["--sam_weight", "none"], ["--init", "best.pth"]])
+@pytest.mark.parametrize("given", [["--sam_weight", "a.pth"], ["--init", "best.pth"]])
 def test_weights_to_start_from_are_refused_beside_a_checkpoint(
     trained: Path, given: Any, capsys: Any
 ) -> None:
@@ -228,7 +228,7 @@ def test_other_data_need_override(copy: Path, tmp_path: Path, capsys: Any) -> No
 
 
 def test_the_manifest_tells_what_the_run_is_made_from(trained: Path, store: Path) -> None:
-    found = json.loads((trained / "manifest.json").read_text())
+    found = json.loads((trained / "manifest.json").read_text(encoding="utf-8"))
     assert found["arguments"]["lr"] == 0.001
     assert found["data"]["digest"] == json.loads(json.dumps(found["data"]))["digest"]
     assert (found["seed"], found["world_size"], found["samples_per_step"]) == (202307, 1, 4)

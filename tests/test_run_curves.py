@@ -20,7 +20,9 @@ def line(epoch: int, loss: float | None = 0.5, dice: float | None = 0.7) -> dict
 
 
 def log(folder: Path, *lines: dict[str, Any]) -> None:
-    (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8"
+    )
 
 
 def test_a_picture_follows_the_log_over_gaps(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from usam.schedule import learning_rate_factor, warmup_length
 
 @pytest.fixture(scope="module")
 def schedule(recorded):
-    return json.loads((recorded / "usam_lr_schedule.json").read_text())
+    return json.loads((recorded / "usam_lr_schedule.json").read_text(encoding="utf-8"))
 
 
 def test_factor_before_a_step_is_what_the_published_code_sets_after_it(schedule):

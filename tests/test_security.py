@@ -45,7 +45,7 @@ OBJECTS = {  # collectives that pickle
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     """Every call in a file, with the dotted name of what is called."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
@@ -53,7 +53,7 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 def imports(path: Path) -> set[str]:
     """First parts of every module that a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -93,7 +93,7 @@ def test_nothing_is_unpickled_evaluated_or_run() -> None:
 
 
 def test_pickle_is_imported_for_its_error_only() -> None:
-    text = (ROOT / "usam" / "torch_files.py").read_text()
+    text = (ROOT / "usam" / "torch_files.py").read_text(encoding="utf-8")
     used = {
         node.attr
         for node in ast.walk(ast.parse(text))
@@ -215,7 +215,7 @@ def as_a_process(work: Callable[[], None], log: Path, connections: Path) -> int:
         if event in ("socket.getaddrinfo", "urllib.Request", "socket.sendto") or (
             event == "socket.connect" and not isinstance(arguments[1], str | bytes)  # a local one
         ):
-            with connections.open("a") as file:
+            with connections.open("a", encoding="utf-8") as file:
                 file.write(f"{event} {arguments}\n")
 
     def child() -> None:
@@ -232,9 +232,9 @@ def predict(scan: Path, folder: Path) -> str:
              "--probabilities", "--device", "cpu", "--amp", "off"]  # fmt: skip
     connections = folder.with_suffix(".connections")
     code = as_a_process(lambda: tiny_run.as_main(flags), log, connections)
-    assert code == 0, log.read_text()
-    assert not connections.exists(), connections.read_text()
-    return log.read_text()
+    assert code == 0, log.read_text(encoding="utf-8")
+    assert not connections.exists(), connections.read_text(encoding="utf-8")
+    return log.read_text(encoding="utf-8")
 
 
 def assert_nameless(folder: Path, output: str, *names: str) -> None:
@@ -297,8 +297,8 @@ def test_training_and_evaluating_reach_for_no_network(tmp_path: Path) -> None:
     evaluation = ["--dataset", "store", "--device", "cpu", *common, "--eval", "--resume", best]
     for words in (training, [*evaluation, "--output_dir", tmp_path / "scores"]):
         code = as_a_process(lambda words=words: tiny_run.as_main(words), log, connections)
-        assert code == 0, log.read_text()
-    assert not connections.exists(), connections.read_text()
+        assert code == 0, log.read_text(encoding="utf-8")
+    assert not connections.exists(), connections.read_text(encoding="utf-8")
 
 
 def test_an_attempt_to_connect_would_be_seen(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_an_attempt_to_connect_would_be_seen(tmp_path: Path) -> None:
             place.connect(("127.0.0.1", 9))
 
     assert as_a_process(connect, tmp_path / "log", tmp_path / "connections") == 0
-    assert "127.0.0.1" in (tmp_path / "connections").read_text()
+    assert "127.0.0.1" in (tmp_path / "connections").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------ names in files
@@ -321,9 +321,9 @@ def test_an_index_that_points_outside_is_refused(tmp_path: Path, name: str) -> N
         folder = tmp_path / kind.__name__
         folder.mkdir()
         make(folder)
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         index["cases"][0]["file"] = name
-        (folder / "index.json").write_text(json.dumps(index))
+        (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
         with pytest.raises(ValueError, match="not a plain file name"):
             kind(folder)
 

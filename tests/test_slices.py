@@ -71,7 +71,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_the_index_is_deterministic_and_sorted(tmp_path: Path) -> None:
     first = SliceStore(make_store(tmp_path / "a"))
-    entries = json.loads((tmp_path / "a" / "index.json").read_text())["cases"]
+    entries = json.loads((tmp_path / "a" / "index.json").read_text(encoding="utf-8"))["cases"]
     write_index(tmp_path / "b", index_of(entries[::-1]))
     assert SliceStore(tmp_path / "b").digest == first.digest
     assert [case["id"] for case in first.cases] == [f"c{i}" for i in range(6)]
@@ -94,9 +94,9 @@ def test_case_files_must_be_plain_names(tmp_path: Path, name: object) -> None:
     array = np.zeros((1, 4, 4), np.uint8)
     with pytest.raises(ValueError, match="plain file name"):
         write_case(tmp_path, {"file": name, "slices": ["x"]}, array, array)
-    index = json.loads((make_store(tmp_path / "s") / "index.json").read_text())
+    index = json.loads((make_store(tmp_path / "s") / "index.json").read_text(encoding="utf-8"))
     index["cases"][0]["file"] = name
-    (tmp_path / "s" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "s" / "index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match="plain file name"):
         SliceStore(tmp_path / "s")
 
@@ -130,9 +130,9 @@ def _set(key: str, value: object, case: bool = True):
     ],
 )
 def test_an_unsound_index_is_refused(tmp_path: Path, change, message: str) -> None:
-    index = json.loads((make_store(tmp_path, cases=2) / "index.json").read_text())
+    index = json.loads((make_store(tmp_path, cases=2) / "index.json").read_text(encoding="utf-8"))
     change(index)
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         SliceStore(tmp_path)
 
@@ -191,7 +191,7 @@ def test_headers_of_good_arrays_are_read() -> None:
 def test_only_a_store_is_ever_replaced(tmp_path: Path) -> None:
     make_store(tmp_path / "new", cases=1)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "mine" / "thesis.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(ValueError, match="in the way"):
         move_into_place(tmp_path / "new", tmp_path / "mine")
     make_store(tmp_path / "old", cases=2)

@@ -70,7 +70,7 @@ def keep_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        if len((self.path / "log.jsonl").read_text().splitlines()) == 1:
+        if len((self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
             shutil.copytree(self.path, self.path.with_name("after-1"))
 
     monkeypatch.setattr(RunFolder, "save", save_and_copy)
@@ -118,7 +118,7 @@ def test_a_way_trains_resumes_exactly_evaluates_and_predicts(
         "--output_dir", tmp_path / "scores",
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text(encoding="utf-8"))
     result = run(
         capsys, *CPU, "--predict", scan, "--resume", again / "best.pth", "--point", "9", "9", "1",
         "--output_dir", tmp_path,
@@ -137,7 +137,7 @@ def test_a_way_trains_in_bfloat16_with_activations_computed_again(
     )  # fmt: skip
     assert result.code == 0, result.err
     assert "bfloat16" in result.out
-    line = json.loads((tmp_path / "log.jsonl").read_text())
+    line = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8"))
     assert line["skipped_steps"] == 0
     assert 0 < line["loss"] < 5
     assert all(value.isfinite().all() for value in tensors(tmp_path / "last.pth").values())
@@ -173,7 +173,7 @@ def test_small_checkpoints_resume_exactly_with_sams_file_and_say_when_it_is_miss
             "--resume", tmp_path / name / "run" / "best.pth",
         )  # fmt: skip
         assert result.code == 0, result.err
-        scored.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+        scored.append(json.loads((tmp_path / name / "metrics.json").read_text(encoding="utf-8")))
         del scored[-1]["checkpoint"]
     assert scored[0] == scored[1]
 

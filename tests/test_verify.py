@@ -97,9 +97,9 @@ def table(name: str, change: Callable[[dict], None]) -> Callable:
     """A fault: a JSON file changed."""
 
     def plant(root: Path) -> None:
-        content = json.loads((root / name).read_text())
+        content = json.loads((root / name).read_text(encoding="utf-8"))
         change(content)
-        (root / name).write_text(json.dumps(content))
+        (root / name).write_text(json.dumps(content), encoding="utf-8")
 
     return plant
 

@@ -49,9 +49,9 @@ def index(change: Callable[[dict], None]) -> Callable[[Path], None]:
     """Changes the index's text."""
 
     def plant(store: Path) -> None:
-        table = json.loads((store / "index.json").read_text())
+        table = json.loads((store / "index.json").read_text(encoding="utf-8"))
         change(table)
-        (store / "index.json").write_text(json.dumps(table))
+        (store / "index.json").write_text(json.dumps(table), encoding="utf-8")
 
     return plant
 

@@ -122,7 +122,7 @@ def test_scores_are_printed_and_saved_with_what_they_are_of(
         "prompts": "none",
     }  # fmt: skip
     path = report.write_scores(tmp_path / "new", counts, CLASSES, facts)
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
     assert {name: saved[name] for name in facts} == facts
     assert saved["dice"]["normal rectum"] == 2 * 4 / (8 + 5)
     assert saved["foreground_slices_only"]["dice"]["normal rectum"] == 2 * 4 / (8 + 4)

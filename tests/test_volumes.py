@@ -188,9 +188,9 @@ def test_hostile_indexes_are_refused(tmp_path: Path, change: dict, text: str) ->
     entry = {"id": "a", "split": "train", "file": "a"}
     case = write_volume(tmp_path, entry, mask.astype(np.int16), mask)
     path = write_volume_index(tmp_path, {"classes": TABLE, "cases": [case]})
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     index["cases"][0].update(change)
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match=text):
         VolumeStore(tmp_path)
 

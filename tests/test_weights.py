@@ -27,7 +27,7 @@ FILLED = ("image_encoder.pos_embed", "image_encoder.blocks.0.attn", "image_encod
 def conversion():
     """The recorded table: what becomes of each official tensor."""
     path = Path(__file__).parent / "data" / "usam_sam_conversion.tsv"
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return {row["name"]: row for row in csv.DictReader(file, delimiter="\t")}
 
 
@@ -203,7 +203,7 @@ def published(model: USam) -> dict:
 
 
 def test_skipped_names_are_those_without_effect(recorded):
-    with (recorded / "usam_vit_b_224_c3.tsv").open(newline="") as file:
+    with (recorded / "usam_vit_b_224_c3.tsv").open(newline="", encoding="utf-8") as file:
         names = {row["name"] for row in csv.DictReader(file, delimiter="\t")}
     with torch.device("meta"):
         own = set(build_usam().state_dict())
@@ -243,6 +243,7 @@ def test_published_checkpoint_with_other_names_is_refused(tiny, tmp_path, change
 
 def test_our_checkpoints_read_unchanged(tiny, tmp_path):
     content = {"format": 1, "model": tiny.state_dict(), "args": {}, "data": {"img_size": 64}}
+    content["data"]["classes"] = ["background", "object"]
     checkpoint = weights.read_checkpoint(save(content, tmp_path / "last.pth"))
     assert checkpoint.keys() == content.keys()
     assert not weights.points_are_row_col(checkpoint)

@@ -51,7 +51,9 @@ def wrappers(state: dict[str, torch.Tensor]) -> dict[str, dict]:
 
 
 def test_published_wrapper_has_the_recorded_keys(recorded: Path, state: dict) -> None:
-    rows = (recorded / "sam_med3d_checkpoint_wrapper.tsv").read_text().splitlines()[1:]
+    rows = (
+        (recorded / "sam_med3d_checkpoint_wrapper.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    )
     assert [row.split("\t")[0] for row in rows] == list(published_wrapper(state))
 
 

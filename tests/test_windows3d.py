@@ -257,7 +257,7 @@ def test_an_object_without_a_start_is_an_error(tube, objects, text) -> None:
 )
 def test_bad_prompt_files_are_named_in_one_line(tmp_path, content, text) -> None:
     path = tmp_path / "prompts.json"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=text) as caught:
         read_prompts3d(path, "scan.nii.gz")
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
@@ -267,7 +267,9 @@ def test_prompt_files_name_objects(tmp_path) -> None:
     path = tmp_path / "prompts.json"
     one = {"name": "aorta", "points": [[1, 2, 3], [4, 5, 6, 0]]}
     two = {"name": "heart", "label": 9, "box": [1, 2, 3, 4, 5, 6]}
-    path.write_text(json.dumps({"scans": {"a.nii": {"objects": [one, two], "mm": True}}}))
+    path.write_text(
+        json.dumps({"scans": {"a.nii": {"objects": [one, two], "mm": True}}}), encoding="utf-8"
+    )
     prompts = read_prompts3d(path, "a.nii")
     assert prompts.mm
     assert prompts.objects[0] == ObjectPrompts("aorta", 1, ((1, 2, 3, 1), (4, 5, 6, 0)))
@@ -316,8 +318,8 @@ def test_failed_objects_count_as_zero_and_are_listed(small_tube, tmp_path) -> No
     summary = write_report(tmp_path, items, scores, failed=failed, facts={"model": "oracle"})
     assert summary["failed"] == ["a: nothing", "b: tube"]
     assert summary["classes"]["tube"]["dice"]["10 clicks"]["mean"] == scores[[0, 2], 3, 0].mean()
-    assert len((tmp_path / "clicks.csv").read_text().splitlines()) == 1 + 3 * 4
-    assert json.loads((tmp_path / "metrics.json").read_text()) == summary
+    assert len((tmp_path / "clicks.csv").read_text(encoding="utf-8").splitlines()) == 1 + 3 * 4
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == summary
     assert (tmp_path / "clicks.png").stat().st_size > 1000
     assert "counted as 0: a: nothing, b: tube" in format_clicks(summary)
 

@@ -119,8 +119,8 @@ def write_report(folder: Path, report: CaseReport) -> Path:
     """Write cases.csv, classes.md, boxes.png, worst/*.png and report.html; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = cases_csv(report)
-    (folder / "cases.csv").write_text(cases)
-    (folder / "classes.md").write_text(markdown(report))
+    (folder / "cases.csv").write_text(cases, encoding="utf-8")
+    (folder / "classes.md").write_text(markdown(report), encoding="utf-8")
     draw_box_plots(
         folder / "boxes.png",
         box_values(report),
@@ -133,7 +133,7 @@ def write_report(folder: Path, report: CaseReport) -> Path:
         path = folder / "worst" / worst_file(place, one["case"])
         path.write_bytes(b64decode(one["png"]))
     page = folder / "report.html"
-    page.write_text(web_page(report, cases, (folder / "boxes.png").read_bytes()))
+    page.write_text(web_page(report, cases, (folder / "boxes.png").read_bytes()), encoding="utf-8")
     return page
 
 

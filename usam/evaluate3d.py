@@ -133,7 +133,7 @@ def write_report(
     scores (objects, clicks, 2) of `evaluate_objects`; facts: what was evaluated, and how.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "clicks.csv").open("w", newline="") as file:
+    with (folder / "clicks.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["case", "class", "clicks", *SCORES, "failed"])
         for item, rows in zip(items, scores, strict=True):
@@ -152,7 +152,7 @@ def write_report(
         "failed": [f"{item.case_id}: {item.name}" for item in failed],
     }
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (folder / "metrics.json").write_text(text)
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
     draw_curves(folder / "clicks.png", summary)
     return summary
 

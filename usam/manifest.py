@@ -122,10 +122,10 @@ def write(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any], *, goe
     starts = []
     if goes_on:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            starts = list(json.loads(path.read_text())["starts"])
+            starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
     whole = {"format": FORMAT, **facts, "starts": [*starts, start]}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(whole, file, indent=2, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())

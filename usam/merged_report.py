@@ -83,10 +83,10 @@ def read_evaluated(folder: Path) -> Evaluated:
         if not path.is_file():
             raise FileNotFoundError(f"--merge: no {path}; name the --output_dir of an --eval")
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         rows: dict[str, list[Row]] = {}
         num_slices = {}
-        with table.open(newline="") as file:
+        with table.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 rows.setdefault(line["case"], []).append(_row(line))
                 num_slices[line["case"]] = int(line["slices"])

@@ -70,7 +70,7 @@ def write_scores(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.json"
     scores = {**facts, **summary, "foreground_slices_only": published, **(more or {})}
-    path.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 

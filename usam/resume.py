@@ -36,7 +36,7 @@ def choose(
         return None, None
     if resume != AUTO:
         saved = read_checkpoint(resume)
-        if sam_weight is not None and not (more or saved["data"].get("base")):
+        if sam_weight not in (None, "none") and not (more or saved["data"].get("base")):
             raise ValueError(
                 f"--sam_weight {sam_weight} is for a fresh start, and --resume {resume} is none; "
                 "give one of them"

@@ -52,7 +52,10 @@ class RunCurves:
 
     def _draw(self) -> None:
         """Draw beside the file and put it in its place: a viewer always sees a whole one."""
-        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         scratch = self.folder / f".curves.{os.getpid()}.png"
         draw_run_curves(scratch, lines)
         os.replace(scratch, self.folder / "curves.png")

@@ -50,10 +50,10 @@ class RunFolder:
         if not self._goes_on:
             self._move_aside()
         elif self.log_file.exists():
-            lines = self.log_file.read_text().splitlines()
+            lines = self.log_file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _epoch_of(line) < first_epoch]
             temporary = self.log_file.with_name(f".{self.log_file.name}.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.log_file)
 
     def _move_aside(self) -> None:
@@ -80,7 +80,7 @@ class RunFolder:
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one epoch's figures to log.jsonl; strict JSON, so NaN raises ValueError."""
         if is_main():
-            with self.log_file.open("a") as file:
+            with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def save(self, state: Callable[[], dict[str, Any]], *, as_best: bool, may_skip: bool) -> None:

@@ -179,19 +179,23 @@ def told_after(pace: float, steps: int) -> float:
                 for step in range(10**9):
                     time.sleep(pace)
                     if step == steps and rank == 1:
-                        (folder / "sent").write_text(f"{time.time()}")
+                        (folder / "sent").write_text(f"{time.time()}", encoding="utf-8")
                         os.kill(os.getpid(), signal.SIGTERM)
                     if stop.asked():
                         break
-            (folder / f"knows-{rank}").write_text(f"{time.time()}")
+            (folder / f"knows-{rank}").write_text(f"{time.time()}", encoding="utf-8")
             distributed.stop()
 
         log = folder / "log"
         children = [in_a_child(lambda rank=rank: process(rank), log=log) for rank in (0, 1)]
         codes = [wait_for(child) for child in children]
         if any(codes):
-            raise RuntimeError(f"processes ended with {codes}: {log.read_text()[-1000:]}")
-        return float((folder / "knows-0").read_text()) - float((folder / "sent").read_text())
+            raise RuntimeError(
+                f"processes ended with {codes}: {log.read_text(encoding='utf-8')[-1000:]}"
+            )
+        return float((folder / "knows-0").read_text(encoding="utf-8")) - float(
+            (folder / "sent").read_text(encoding="utf-8")
+        )
 
 
 def run(*, full: bool) -> list[Row]:

@@ -64,7 +64,9 @@ def in_worlds(numbers: Sequence[int], world: int, folder: Path) -> list[dict[int
     children = [in_a_child(lambda rank=rank: process(rank), log=log) for rank in ranks]
     codes = [wait_for(child) for child in children]
     if any(codes):
-        raise RuntimeError(f"a process of {world} ended with {codes}: {log.read_text()[-2000:]}")
+        raise RuntimeError(
+            f"a process of {world} ended with {codes}: {log.read_text(encoding='utf-8')[-2000:]}"
+        )
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in ranks]
 
 

@@ -54,7 +54,7 @@ def state_digest(state: Mapping[str, Any], log: str = "") -> str:
 def run_digest(folder: Path) -> str:
     """The digest of what a run left in its folder: last.pth and log.jsonl."""
     state = torch.load(folder / "last.pth", map_location="cpu", weights_only=True)
-    return state_digest(state, (folder / "log.jsonl").read_text())
+    return state_digest(state, (folder / "log.jsonl").read_text(encoding="utf-8"))
 
 
 def differences(first: Path, second: Path) -> list[str]:

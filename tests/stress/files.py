@@ -42,7 +42,7 @@ def _too_slow(*_: Any) -> None:
 @contextmanager
 def bounded_memory() -> Iterator[None]:
     """A context in which this process may take SPARE_BYTES more address space than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     limit = pages * resource.getpagesize() + SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     try:

@@ -56,7 +56,7 @@ def begin(world: int, flags: list[str], strike: Strike, *, log: Path, launched: 
             *("--nproc_per_node", str(world), "-m", "tests.stress.strikes", *flags),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | in_variable(strike)
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output,
                 start_new_session=True,
@@ -73,7 +73,7 @@ def wrong_with(world: int, strike: Strike, store: Path, *, folder: Path, launche
     """What is wrong with how a run ended after a strike, or ""."""
     log, note = folder / "log", Path(strike.note)
     note.unlink(missing_ok=True)
-    log.write_text("")
+    log.write_text("", encoding="utf-8")
     flags = [*RUN, "--data_root", str(store), "--output_dir", str(folder / "run")]
     leader = begin(world, flags, strike, log=log, launched=launched)
     try:
@@ -111,11 +111,11 @@ def seconds_to_the_end(leader: int, note: Path) -> tuple[int, float]:
             code = os.waitstatus_to_exitcode(status) if done else None
         if code is not None and not alive_in_session(leader):
             break
-        struck = float(note.read_text() or "inf") if note.exists() else float("inf")
+        struck = float(note.read_text(encoding="utf-8") or "inf") if note.exists() else float("inf")
         if time.time() - struck > MAX_SECONDS + 1:
             break
         time.sleep(0.05)
-    struck = float(note.read_text()) if note.exists() else begun
+    struck = float(note.read_text(encoding="utf-8")) if note.exists() else begun
     return -1 if code is None else code, time.time() - struck
 
 

@@ -72,7 +72,7 @@ def run_once(
         flags, log, world=case.world, inject=strike.install if strike else lambda rank: None
     )
     codes = [ended(child) for child in children]
-    return codes, log.read_text()
+    return codes, log.read_text(encoding="utf-8")
 
 
 def ended(child: int) -> int:
@@ -96,7 +96,7 @@ def launch_once(
         *("--nproc_per_node", str(case.world), "-m", "tests.stress.strikes", *flags),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (in_variable(strike) if strike else {})
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=output,
             start_new_session=True,
@@ -107,7 +107,7 @@ def launch_once(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-    return [code], log.read_text()
+    return [code], log.read_text(encoding="utf-8")
 
 
 def tried(case: Case, store: Path, folder: Path, *, wanted: str, whole: Path) -> str:

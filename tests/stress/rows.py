@@ -50,9 +50,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8"))
         name = found[1].strip() if found else name
-        bf16 = ", AVX512-BF16" if "avx512_bf16" in info.read_text() else ""
+        bf16 = ", AVX512-BF16" if "avx512_bf16" in info.read_text(encoding="utf-8") else ""
         name += bf16
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"

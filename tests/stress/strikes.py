@@ -49,7 +49,7 @@ class Strike:
 
     def act(self) -> None:
         """Note the time, then send the signal or raise the error."""
-        Path(self.note).write_text(f"{time.time()}")
+        Path(self.note).write_text(f"{time.time()}", encoding="utf-8")
         if self.how in ERRORS:
             raise ERRORS[self.how](self.message)
         target = os.getppid() if self.to_launcher else os.getpid()

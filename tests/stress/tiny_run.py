@@ -136,7 +136,7 @@ def alive_in_session(session: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         with suppress(OSError, ValueError, IndexError):
             number = int(entry.name)
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            fields = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] not in "ZX":
                 found.append(number)
     return found
