@@ -286,7 +286,7 @@ def test_a_browser_without_network_shows_every_figure(tmp_path: Path, browser: s
         "<script>addEventListener('load', () => { document.title = 'shown: ' + "
         "[...document.images].map(i => i.complete && i.naturalWidth > 0 && i.clientWidth > 0); "
         "})</script>"
-    ))  # fmt: skip
+    ), encoding="utf-8")  # fmt: skip
     shown = re.search("<title>shown: (.*?)</title>", open_page(browser, asked, "--dump-dom"))
     assert shown
     assert shown[1].split(",") == ["true"] * len(Page(page).pictures)
