@@ -15,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.layouts import slice_store  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,6 +33,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real scans under {folder}; set USAM_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn store of six training and two test cases, for a module to train on."""
+    return slice_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""Small raw data sets written in the layouts of WORD, nnU-Net, CARE and two plain folders."""
+"""Small raw data sets written in the layouts of WORD, nnU-Net, CARE and two plain folders.
+
+And the store of slices that such data become.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from dataset.slices import write_case, write_index
 
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
 SHAPE = (24, 20, 6)
@@ -74,3 +79,35 @@ def care(root: Path, slices: Mapping[str, Sequence[str]]) -> Path:
             rows.append(f'{name},"[8, 10, 16, 20]"')
         (root / split / f"{split}_bbox.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return root
+
+
+def slice_store(
+    folder: Path,
+    *,
+    train: int = 6,
+    test: int = 2,
+    num_slices: int = 3,
+    side: int = 32,
+    num_classes: int = 3,
+) -> Path:
+    """A store of noisy cases with one block a class, (num_slices, side, side) each."""
+    cases, draw, edge = [], np.random.default_rng(0), side // 4
+    for split, count in (("train", train), ("test", test)):
+        for number in range(count):
+            image = draw.integers(0, 80, (num_slices, side, side)).astype(np.uint8)
+            mask = np.zeros_like(image)
+            for label in range(1, num_classes):
+                x, y = draw.integers(0, side - edge, 2)
+                mask[:, y : y + edge, x : x + edge] = label
+            name = f"{split}{number}"
+            entry = {"id": name, "split": split, "file": name}
+            entry["slices"] = [f"{name}_slice{k}" for k in range(num_slices)]
+            cases.append(write_case(folder, entry, image + 40 * mask, mask))
+    names = ["background", "organ", "tumour", "vessel"][:num_classes]
+    rows = zip(names, ["#000000", "#00ff00", "#ff0000", "#0000ff"], strict=False)
+    write_index(folder, {
+        "dataset": "folder", "window": [-160, 240], "orientation": "LPS", "clahe": True,
+        "source": "0", "cases": cases,
+        "classes": [{"id": i, "name": n, "color": c} for i, (n, c) in enumerate(rows)],
+    })  # fmt: skip
+    return folder

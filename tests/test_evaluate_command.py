@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dataset.splits import split_table, write_json
-from tests.test_command_line import TINY, assert_refused, make_store, run
+from tests.command import TINY, assert_refused, run
+from tests.layouts import slice_store
 
 pytest.importorskip("monai")
 SHORT = (*TINY, "--epochs", "1", "--batch_size", "4", "--dataset", "store")
@@ -22,7 +23,7 @@ SHORT = (*TINY, "--epochs", "1", "--batch_size", "4", "--dataset", "store")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six training cases in two folds, two test cases."""
-    folder = make_store(tmp_path_factory.mktemp("store"))
+    folder = slice_store(tmp_path_factory.mktemp("store"))
     pairs = [(f"train{number}", "train") for number in range(6)]
     write_json(folder / "splits.json", split_table(pairs, folds=2, seed=1))
     return folder

@@ -19,6 +19,7 @@ from dataset.sources import find_source
 from dataset.volume_sources import find_volumes
 from tests import layouts, volume_layouts
 from tests.conftest import ROOT
+from tests.layouts import slice_store
 from tests.stress import ranks, saves, tiny_run
 from tests.stress.digest import run_digest
 from tests.stress.injector import Injector, Operation, raising, wait_for
@@ -35,7 +36,7 @@ def warm() -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_store(tmp_path_factory.mktemp("store"), train=4)
+    return slice_store(tmp_path_factory.mktemp("store"), train=4, **tiny_run.SMALL)
 
 
 def run(
@@ -257,7 +258,7 @@ def test_launches_at_the_same_time_do_not_meet(store: Path, tmp_path: Path) -> N
 
 
 def test_the_digest_of_a_store_is_that_of_its_index(tmp_path: Path) -> None:
-    root = tiny_run.make_store(tmp_path / "store", train=1)
+    root = slice_store(tmp_path / "store", train=1, **tiny_run.SMALL)
     digest = SliceStore(root).digest
     assert SliceStore(root).digest == digest
     (root / "index.json").write_text((root / "index.json").read_text(encoding="utf-8") + " ")

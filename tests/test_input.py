@@ -14,7 +14,7 @@ from dataset import build_dataset
 from dataset.scan_slices import ScanSlices
 from dataset.slice_dataset import CLIP_LIMITS, SliceDataset, equalize, neighbours
 from dataset.slices import SliceStore, write_case, write_index
-from tests.test_command_line import TINY, run
+from tests.command import TINY, run
 from usam.prompts import MIXED
 from usam.scan_prompts import ScanPrompts, slice_prompts
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import SCRIPT, TRAINED, environment, free_port
 from tests.conftest import ROOT
-from tests.test_command_line import SCRIPT, TRAINED, environment, free_port, make_store
 
 WITHIN = 15  # seconds
 # u-sam.py, in which one rank fails in the second call of a function, and another may be busy then.
@@ -38,11 +38,6 @@ setattr(owner, place, faulty)
 sys.argv[0] = "u-sam.py"
 runpy.run_path({SCRIPT!r}, run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
 
 
 def alive(session: int) -> list[str]:

@@ -20,16 +20,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.test_command_line import (
+from tests.command import (
     SCRIPT,
     TRAINED,
     Result,
     assert_same_run,
     environment,
     free_port,
-    make_store,
     run,
 )
+from tests.layouts import slice_store
 from tests.toy import Slices
 from usam import engine, preemption
 from usam.checkpoint import BackgroundSaver
@@ -51,7 +51,7 @@ def default_signals() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     """The command of a run into a folder, always the same one, as a queue gives it again."""
-    store = make_store(tmp_path_factory.mktemp("store"))
+    store = slice_store(tmp_path_factory.mktemp("store"))
     return lambda folder: [
         *TRAINED, "--data_root", str(store), "--output_dir", str(folder), "--resume", "auto",
     ]  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dataset.slices import SliceStore
-from tests.test_command_line import TRAINED, assert_refused, make_store, run
+from tests.command import TRAINED, assert_refused, run
+from tests.layouts import slice_store
 from tests.toy import Slices, Toy, one_group, train
 from usam.distributed import TrainingBatches
 from usam.engine import Progress, Recipe
@@ -65,7 +66,7 @@ def test_the_epoch_counts_them_and_too_many_are_an_error(num_workers: int, capsy
 def test_a_run_logs_the_counts_and_goes_on(
     tmp_path: Path, capsys: Any, damage: Callable[[Path], None]
 ) -> None:
-    store, folder = make_store(tmp_path / "store", train=5), tmp_path / "run"
+    store, folder = slice_store(tmp_path / "store", train=5), tmp_path / "run"
     flags = [*TRAINED, "--data_root", store, "--output_dir", folder, "--val_fraction", "0"]
     path = store / "cases" / "train1.mask.npy"
     damage(path)
@@ -81,7 +82,7 @@ def test_a_run_logs_the_counts_and_goes_on(
 
 
 def test_a_file_cut_while_it_is_mapped_is_an_error_and_not_the_end(tmp_path: Path) -> None:
-    store = SliceStore(make_store(tmp_path / "store"))
+    store = SliceStore(slice_store(tmp_path / "store"))
     store.read(0, 0)
     path = store.folder / "cases" / f"{store.cases[0]['file']}.image.npy"
     with path.open("r+b") as file:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from dataset import DATASETS, transforms
 from dataset.transforms import StrongDraws
-from tests.test_command_line import TINY, assert_same_run, make_store, run
+from tests.command import TINY, assert_same_run, run
 from tests.toy import Slices, Toy, one_group, train, training_loader
 from usam import flags
 from usam.average import WeightAverage, averaged
@@ -249,11 +249,6 @@ def test_the_average_of_another_model_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------- whole runs
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_checkpoint import disk_full, state, value_of
-from tests.test_command_line import (
+from tests.command import (
     AGAIN,
     SCRIPT,
     TRAINED,
     assert_refused,
     assert_same_run,
-    make_store,
     run,
 )
+from tests.layouts import slice_store
+from tests.test_checkpoint import disk_full, state, value_of
 from usam import checkpoint, flags, manifest
 from usam.checkpoint import BackgroundSaver, predecessor, predecessors
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +213,7 @@ def test_what_changes_the_result_needs_override(
 
 
 def test_other_data_need_override(copy: Path, tmp_path: Path, capsys: Any) -> None:
-    other = make_store(tmp_path / "other", train=7)
+    other = slice_store(tmp_path / "other", train=7)
     how = [*AGAIN, "--data_root", other, "--output_dir", copy, "--resume", "auto"]
     assert_refused(run(capsys, *how), "the data's digest", "--override")
     result = run(capsys, *how, "--override", "--epochs", "4")

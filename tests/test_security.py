@@ -22,6 +22,7 @@ from dataset.sources import find_source
 from dataset.verify import main as verify
 from tests import layouts
 from tests.conftest import ROOT
+from tests.layouts import slice_store
 from tests.stress import tiny_run
 from tests.stress.injector import in_a_child, wait_for
 from tests.stress.stores import make_slices, make_volumes
@@ -290,7 +291,7 @@ def test_errors_and_reports_of_verify_quote_no_header(tmp_path: Path, capsys) ->
 
 def test_training_and_evaluating_reach_for_no_network(tmp_path: Path) -> None:
     tiny_run.warm_up()
-    store = tiny_run.make_store(tmp_path / "store", train=4)
+    store = slice_store(tmp_path / "store", train=4, **tiny_run.SMALL)
     connections, log = tmp_path / "connections", tmp_path / "log"
     best, common = tmp_path / "run" / "best.pth", ["--data_root", store, "--num_workers", "1"]
     training = [*tiny_run.FLAGS, *common, "--output_dir", best.parent, "--epochs", "1"]

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_command_line import TINY, assert_refused, assert_same_run, make_store, run
+from tests.command import TINY, assert_refused, assert_same_run, run
+from tests.layouts import slice_store
 from usam import lora
 from usam.model import ADAPTERS, TUNINGS, build_usam
 from usam.run_folder import RunFolder
@@ -33,7 +34,7 @@ CPU = ("--device", "cpu", "--amp", "off", "--num_workers", "0")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """The flag that names a small store."""
-    return "--data_root", str(make_store(tmp_path_factory.mktemp("store"), train=4))
+    return "--data_root", str(slice_store(tmp_path_factory.mktemp("store"), train=4))
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.layouts import slice_store
 from tests.stress.injector import in_a_child
 from tests.stress.rows import Row
 from tests.stress.strikes import ERRORS, PLACES, Strike, in_variable
-from tests.stress.tiny_run import FLAGS, ROOT, alive_in_session, as_main, make_store, warm_up
+from tests.stress.tiny_run import FLAGS, ROOT, SMALL, alive_in_session, as_main, warm_up
 
 MAX_SECONDS = 15  # from the strike to the end of the last process
 PATIENCE = 600  # for a launch to come to the strike at all
@@ -139,7 +140,7 @@ def run_deaths(number: int, launched: int) -> Row:
         time.time(),
     )
     with tempfile.TemporaryDirectory() as scratch:
-        store, folder = make_store(Path(scratch) / "store", train=6), Path(scratch)
+        store, folder = slice_store(Path(scratch) / "store", **SMALL), Path(scratch)
         every = number // launched if launched else number + 1
         for count, (world, strike) in enumerate(plans(number, folder / "struck")):
             by_command = count % every == every - 1

@@ -19,11 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.layouts import slice_store
 from tests.stress.digest import differences, run_digest
 from tests.stress.injector import wait_for
 from tests.stress.rows import Row
 from tests.stress.strikes import Strike, in_variable
-from tests.stress.tiny_run import FLAGS, ROOT, make_store, start, warm_up
+from tests.stress.tiny_run import FLAGS, ROOT, SMALL, start, warm_up
 from usam.preemption import STOPPED
 
 EPOCHS = 3
@@ -149,7 +150,7 @@ def run_resumes(steps: Sequence[int], launched: int) -> Row:
     started, wanted = time.monotonic(), cases(steps, launched)
     row = Row("resume", "stopped and resumed runs equal to the uninterrupted one", len(wanted))
     with tempfile.TemporaryDirectory() as scratch:
-        store = make_store(Path(scratch) / "store", train=6)
+        store = slice_store(Path(scratch) / "store", **SMALL)
         digests = {}
         for world in sorted({case.world for case in wanted}):
             whole = Path(scratch) / f"whole-{world}"

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dataset.slices import write_case, write_index
 from tests.stress.counts import free_port
 from tests.stress.injector import in_a_child
 from tests.toy import Toy
@@ -26,34 +25,11 @@ from usam import weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "u-sam.py"
-SIDE = 16
+SMALL = {"side": 16, "num_slices": 4, "test": 1}  # the slices they run on
 FLAGS = (
     *("--dataset", "store", "--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "16"),
     *("--device", "cpu", "--amp", "off", "--warmup", "--clip_max_norm", "1", "--prompt_mode", "3"),
 )
-
-
-def make_store(folder: Path, *, train: int, test: int = 1, num_slices: int = 4) -> Path:
-    """A store of cases of some slices with one block of each of two classes, drawn at random."""
-    cases, draw = [], np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for number in range(count):
-            image = draw.integers(0, 80, (num_slices, SIDE, SIDE)).astype(np.uint8)
-            mask = np.zeros_like(image)
-            for label in (1, 2):
-                x, y = draw.integers(0, SIDE - 6, 2)
-                mask[:, y : y + 6, x : x + 6] = label
-            name = f"{split}{number}"
-            entry = {"id": name, "split": split, "file": name}
-            entry["slices"] = [f"{name}_slice{k}" for k in range(num_slices)]
-            cases.append(write_case(folder, entry, image + 60 * mask, mask))
-    rows = zip(("background", "organ", "tumour"), ("#000000", "#00ff00", "#ff0000"), strict=True)
-    write_index(folder, {
-        "dataset": "folder", "window": [-160, 240], "orientation": "LPS", "clahe": True,
-        "source": "0", "cases": cases,
-        "classes": [{"id": i, "name": n, "color": c} for i, (n, c) in enumerate(rows)],
-    })  # fmt: skip
-    return folder
 
 
 class TinyNet(Toy):
