@@ -241,7 +241,7 @@ def blamed_on(path: Path | None) -> Iterator[None]:
     """A context in which what a checkpoint lacks or holds in another form is a ValueError."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         if path is None:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -277,17 +277,11 @@ def check_saved(args: Namespace, saved: dict[str, Any], facts: dict[str, Any]) -
 def restore(
     saved: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
-    """Put optimizer, scaler and random generators where `saved` has them; rates as in the flags.
-
-    Raises ValueError where one of them is not as it was saved: nothing is forgotten in silence.
-    """
+    """Put optimizer, scaler and random generators where `saved` has them; rates as in the flags."""
     given = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, (rate, decay) in zip(optimizer.param_groups, given, strict=True):
-            group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
-        if saved["scaler"]:  # empty unless it was float16 that was trained with
-            scaler.load_state_dict(saved["scaler"])
-        checkpoint.restore_random_state(saved["rng"])
-    except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"the checkpoint's state cannot be taken up: {error!r:.200}") from error
+    optimizer.load_state_dict(saved["optimizer"])
+    for group, (rate, decay) in zip(optimizer.param_groups, given, strict=True):
+        group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
+    if saved["scaler"]:  # empty unless it was float16 that was trained with
+        scaler.load_state_dict(saved["scaler"])
+    checkpoint.restore_random_state(saved["rng"])

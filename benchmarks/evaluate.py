@@ -119,16 +119,8 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=workers, help="of both loaders")
     options = parser.parse_args()
     options.sam_model = "vit_tiny" if options.quick else "vit_b"
-    options.rounds = 1 if options.quick else options.rounds
-    harness.set_up(options)
-    cases = ON_GPU if options.device.startswith("cuda") else ON_CPU
-    if options.unmeasured:
-        print(harness.table([Row(str(case), case.goal) for case in cases]))
-        return
-    rows = [compare(case, options) for case in (QUICK if options.quick else cases)]
-    device = torch.device(options.device)
-    print(f"U-SAM {options.sam_model}, evaluation; {harness.machine(device)}\n")
-    print(harness.table(rows))
+    title = f"U-SAM {options.sam_model}, evaluation"
+    harness.run_rows(title, options, compare, harness.Cases(ON_CPU, ON_GPU, QUICK))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,17 @@ class Row(NamedTuple):
     ratio: str = UNMEASURED
 
 
+class Cases(NamedTuple):
+    """What a benchmark compares on either kind of device, and in a quick proof that it runs.
+
+    A case has a `goal` and says in str() what it is.
+    """
+
+    cpu: tuple
+    gpu: tuple
+    quick: tuple
+
+
 def seconds(work: Work, device: torch.device) -> float:
     """Wall-clock seconds of one call, until the device has finished it."""
     if device.type == "cuda":
@@ -92,6 +103,21 @@ def device_parser(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of A B B A")
     parser.add_argument("--unmeasured", action="store_true", help="the empty table of --device")
     return parser
+
+
+def run_rows(
+    title: str, options: argparse.Namespace, compare: Callable[[Any, Any], Row], cases: Cases
+) -> None:
+    """Print the table of a benchmark: its quick rows or those of the device, measured or empty."""
+    options.rounds = 1 if options.quick else options.rounds
+    set_up(options)
+    wanted = cases.gpu if options.device.startswith("cuda") else cases.cpu
+    if options.unmeasured:
+        print(table([Row(str(case), case.goal) for case in wanted]))
+        return
+    rows = [compare(case, options) for case in (cases.quick if options.quick else wanted)]
+    print(f"{title}; {machine(torch.device(options.device))}\n")
+    print(table(rows))
 
 
 def set_up(options: argparse.Namespace) -> None:

@@ -157,17 +157,9 @@ def compare(case: Case, options: argparse.Namespace) -> Row:
 
 
 def main() -> None:
-    parser = harness.device_parser(__doc__)
-    options = parser.parse_args()
-    options.rounds = 1 if options.quick else options.rounds
-    harness.set_up(options)
-    cases = ON_GPU if options.device.startswith("cuda") else ON_CPU
-    if options.unmeasured:
-        print(harness.table([Row(str(case), case.goal) for case in cases]))
-        return
-    rows = [compare(case, options) for case in (QUICK if options.quick else cases)]
-    print(f"SAM-Med3D vit_b_ori, training; {harness.machine(torch.device(options.device))}\n")
-    print(harness.table(rows))
+    options = harness.device_parser(__doc__).parse_args()
+    title = "SAM-Med3D vit_b_ori, training"
+    harness.run_rows(title, options, compare, harness.Cases(ON_CPU, ON_GPU, QUICK))
 
 
 if __name__ == "__main__":

@@ -66,10 +66,7 @@ def build(
     alone. Raises FileNotFoundError where there are no label maps, ValueError for one that cannot be
     used.
     """
-    found = sorted(labels.iterdir()) if labels.is_dir() else []
-    files = [f for f in found if f.name.endswith(SCAN_SUFFIXES) and not f.name.startswith(".")]
-    if not files:
-        raise FileNotFoundError(f"anatomy: no label maps in {labels}; pass --input FOLDER")
+    files = _label_maps(labels)
     check_output(output)
     sweep(output)
     names = list(names or word.ORGANS)
@@ -94,6 +91,14 @@ def build(
     )
     write_index(output, index)
     return index
+
+
+def _label_maps(folder: Path) -> list[Path]:
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [f for f in found if f.name.endswith(SCAN_SUFFIXES) and not f.name.startswith(".")]
+    if not files:
+        raise FileNotFoundError(f"anatomy: no label maps in {folder}; pass --input FOLDER")
+    return files
 
 
 def draw_case(job: Job) -> Entry:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,35 @@ def fingerprint(array: np.ndarray) -> str:
 def relative(path: Path, root: Path) -> str:
     """The path as seen from root where it lies below it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+@dataclass(frozen=True)
+class StoreJob:
+    """One case of a prepared store, by its place in the index."""
+
+    folder: Path
+    number: int
+
+
+def check_prepared(
+    open_store: Callable[[Path], Any],
+    folder: Path,
+    run: Callable[..., Iterator[Checked]],
+    check_case: Callable[[StoreJob], Checked],
+) -> tuple[list[Finding], list[Checked], Any]:
+    """(findings, its cases, the store) of slices or volumes; the store is None if it won't open.
+
+    `run` maps check_case over the jobs; what one kind of store alone can have is its caller's.
+    """
+    try:
+        store = open_store(folder)
+    except (ValueError, OSError) as error:
+        return [Finding("wrong", "index.json", without_folder(error, folder))], [], None
+    cases = list(run(check_case, [StoreJob(folder, n) for n in range(len(store.cases))]))
+    findings = [finding for case in cases for finding in case.findings]
+    findings += compare_cases(cases)
+    findings += unknown_files(store.folder, store.cases)
+    return findings, cases, store
 
 
 def unknown_files(folder: Path, cases: Sequence[dict[str, Any]]) -> Iterator[Finding]:

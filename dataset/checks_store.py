@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,10 @@ import numpy as np
 from dataset.checks import (
     Checked,
     Finding,
+    StoreJob,
     check_counts,
-    compare_cases,
+    check_prepared,
     fingerprint,
-    unknown_files,
     without_folder,
 )
 from dataset.slices import MAX_INDEX_BYTES, SliceStore
@@ -27,26 +26,11 @@ from dataset.slices import MAX_INDEX_BYTES, SliceStore
 PARTIAL = ("care", "phantom")  # sources that hold cases without foreground on purpose
 
 
-@dataclass(frozen=True)
-class StoreJob:
-    """One case of a store, by its place in the index."""
-
-    folder: Path
-    number: int
-
-
 def check_store(folder: Path, run: Callable[..., Iterator[Checked]]) -> tuple[list[Finding], int]:
     """(findings, cases read) of a store; `run` maps check_case over the jobs."""
-    try:
-        store = SliceStore(folder)
-    except (ValueError, OSError) as error:
-        return [Finding("wrong", "index.json", without_folder(error, folder))], 0
-    cases = list(run(check_case, [StoreJob(folder, n) for n in range(len(store.cases))]))
-    findings = [finding for case in cases for finding in case.findings]
-    findings += compare_cases(cases)
-    findings += _check_names(store)
-    findings += unknown_files(store.folder, store.cases)
-    findings += _check_splits(store)
+    findings, cases, store = check_prepared(SliceStore, folder, run, check_case)
+    if store:
+        findings += [*_check_names(store), *_check_splits(store)]
     return findings, len(cases)
 
 

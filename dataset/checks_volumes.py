@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,26 @@ import numpy as np
 from dataset.checks import (
     Checked,
     Finding,
+    StoreJob,
     check_counts,
-    compare_cases,
+    check_prepared,
     fingerprint,
-    unknown_files,
     without_folder,
 )
 from dataset.volume_store import VolumeStore, measured
-
-
-@dataclass(frozen=True)
-class VolumeJob:
-    """One case of a store, by its place in the index."""
-
-    folder: Path
-    number: int
 
 
 def check_volume_store(
     folder: Path, run: Callable[..., Iterator[Checked]]
 ) -> tuple[list[Finding], int]:
     """(findings, cases read) of a store; `run` maps check_volume over the jobs."""
-    try:
-        store = VolumeStore(folder)
-    except (ValueError, OSError) as error:
-        return [Finding("wrong", "index.json", without_folder(error, folder))], 0
-    cases = list(run(check_volume, [VolumeJob(folder, n) for n in range(len(store.cases))]))
-    findings = [finding for case in cases for finding in case.findings]
-    findings += compare_cases(cases)
-    findings += unknown_files(store.folder, store.cases)
-    findings += _check_patients(store)
+    findings, cases, store = check_prepared(VolumeStore, folder, run, check_volume)
+    if store:
+        findings += _check_patients(store)
     return findings, len(cases)
 
 
-def check_volume(job: VolumeJob) -> Checked:
+def check_volume(job: StoreJob) -> Checked:
     """Both arrays of one case against its entry in the index."""
     store = VolumeStore(job.folder)
     case = store.cases[job.number]

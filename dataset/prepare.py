@@ -73,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--spacing", type=_positive, help="in-plane mm a pixel; native if left out")
     parser.add_argument("--body_crop", action="store_true", help="cut slices to the patient")
     parser.add_argument("--clahe", action="store_true", help="training applies CLAHE (as for CARE)")
+    _add_case_flags(parser)
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    return parser
+
+
+def _add_case_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which cases there are, what their labels mean and who tests."""
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
     parser.add_argument(
         "--labels", type=Path, help="folder, volumes: the labels, --input being the images"
@@ -94,8 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min_volume", type=_volume, default=1.0, help="volumes: smallest structure in cm3 (1)"
     )
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
-    return parser
 
 
 def _positive(text: str) -> float:
@@ -251,22 +256,27 @@ def prepare_scans(
     check_names(jobs)
     sweep(output)
     entries = pack_all(pack_case, jobs, workers)
-    index = {
+    write_json(output / "splits.json", table)
+    slices.write_index(output, _index_of(source, entries, options, clahe=clahe))
+    return SliceStore(output).index, left_out_lines(source)
+
+
+def _index_of(
+    source: Source, entries: list[slices.Entry], options: Options, *, clahe: bool
+) -> slices.Entry:
+    """What index.json says of the store."""
+    window, sources = options.window, "".join(entry["source"] for entry in entries)
+    return {
         "dataset": source.name,
         "classes": source.classes or classes_seen(entries),
         "window": list(window) if isinstance(window, tuple) else window,
         "orientation": "LPS",
-        "spacing": spacing,
-        "body_crop": body_crop,
+        "spacing": options.spacing,
+        "body_crop": options.body_crop,
         "clahe": clahe,
-        "source": hashlib.sha256(
-            "".join(entry["source"] for entry in entries).encode()
-        ).hexdigest(),
+        "source": hashlib.sha256(sources.encode()).hexdigest(),
         "cases": entries,
     }
-    write_json(output / "splits.json", table)
-    slices.write_index(output, index)
-    return SliceStore(output).index, left_out_lines(source)
 
 
 def _places(index: slices.Entry) -> list[tuple[str, str]]:

@@ -195,11 +195,10 @@ def train_one_epoch(
         while not stopped and (group := list(islice(batches, recipe.accumulation_steps))):
             samples = len(group) * sampler.samples_per_step
             rate = _set_rate(optimizer, recipe, progress.samples, samples)
-            for number, batch in enumerate(group):
+            for number, batch in enumerate(group, start=1):
                 sums.leave_out(batch.pop(UNREADABLE, ()), most=recipe.most_unreadable)
                 generator = step_generator(recipe.seed, progress.epoch, progress.step, rank())
-                is_last = number + 1 == len(group)
-                with _without_sync(model, skip=not is_last), precision.autocast():
+                with _without_sync(model, skip=number < len(group)), precision.autocast():
                     loss = step(model, batch, generator)
                     scaler.scale(loss / len(group)).backward()
                 sums.add(loss)
@@ -212,22 +211,32 @@ def train_one_epoch(
             bar.update(len(group))
             if progress.step % PRINT_EVERY < len(group) or progress.step == len(sampler):
                 sums.guard.raise_if_stuck()
-                speed = (bar.format_dict["rate"] or 0.0) * sampler.samples_per_step
-                mean = float(sums.losses[0] / sums.losses[1])
-                bar.set_postfix_str(f"loss {mean:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
+                _print_figures(bar, sums, rate, sampler.samples_per_step)
             stopped = after_step(sums)
     if progress.step < len(sampler):
         return None
+    return _end_epoch(progress, sums, optimizer.param_groups[0]["lr"])
+
+
+def _end_epoch(progress: Progress, sums: EpochSums, rate: float) -> dict[str, float | None]:
+    """Move `progress` to the next epoch; what the sums over all processes come to."""
     progress.epoch, progress.step = progress.epoch + 1, 0
     progress.skipped_in_a_row = int(sums.guard.in_a_row)
     sums.guard.mend_statistics()
     total, number = reduce_sum(sums.losses).tolist()
     return {
         "loss": total / number if number else None,
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": rate,
         "skipped_steps": int(sums.guard.skipped),
         "quarantined": int(reduce_sum(torch.tensor(sums.unreadable))),
     }
+
+
+def _print_figures(bar: tqdm, sums: EpochSums, rate: float, samples_per_step: int) -> None:
+    """Mean loss so far, rate and speed beside the bar; waits for the device."""
+    speed = (bar.format_dict["rate"] or 0.0) * samples_per_step
+    mean = float(sums.losses[0] / sums.losses[1])
+    bar.set_postfix_str(f"loss {mean:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
 
 
 def _progress_bar(num_steps: int, progress: Progress) -> tqdm:

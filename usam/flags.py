@@ -1,4 +1,4 @@
-"""The command line of u-sam.py: every flag, its check and its one-line help.
+"""The command line of u-sam.py: what its flags default to and how they go together.
 
 Only u-sam.py calls this and sees what comes back; the rest of the package takes plain arguments.
 """
@@ -6,27 +6,14 @@ Only u-sam.py calls this and sees what comes back; the rest of the package takes
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from usam.flag_values import (
-    class_weights,
-    count,
-    decay,
-    jitter,
-    non_negative,
-    positive,
-    prompt_mode,
-    share,
-)
+from usam import flag_groups
 from usam.flags_evaluation import add_evaluation_flags, check_evaluation_flags
-from usam.model import ADAPTERS, TUNINGS
-from usam.model3d import SAM_MED3D_MODELS
-from usam.prompts import MIXED, PROMPT_MODES
+from usam.prompts import MIXED
 from usam.recipes import RECIPES
 from usam.resume import AUTO
-from usam.sam_vit import SAM_MODELS
 
 # What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
 # A training run that goes on from --resume takes the values it had there instead.
@@ -106,165 +93,54 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     datasets: the names --dataset may take. Exits with one line and code 2 on a bad flag.
     """
     parser = Parser(
-        description="Tune SAM to segment CT slices.",
+        description="Tune SAM to segment CT scans.",
         epilog="Exit codes: 0 done; 2 bad input; 75 stopped by SIGTERM or SIGUSR1, all saved.",
     )
-    data = parser.add_argument_group("data").add_argument
-    data("--dataset", choices=sorted(datasets), help="what to work on (rectum; phantom3d)")
-    data("--data_root", nargs="+", type=Path, metavar="PATH",
-        help="its folder (data/CARE, data/WORD, data/phantom); volumes: or several")  # fmt: skip
-    data("--classes", nargs="+", metavar="NAME", help="sam-med3d: only these classes (all)")
-    data("--no_flips", action="store_true", default=None, help="sam-med3d: train without flips")
-    data(
-        "--val_fraction",
-        type=float,
-        metavar="F",
-        help="share of the training cases to validate on; 0: on the test cases (0.1)",
-    )
-    data("--fold", type=count, metavar="K",
-        help="validate on fold K, from 0, of a store prepared with --folds")  # fmt: skip
-    data("--empty", type=share, metavar="keep|drop|N%",
-        help="training slices without foreground (keep; word: drop)")  # fmt: skip
-    data("--num_workers", type=count, default=2, help="loader processes for each process (2)")
-    model = parser.add_argument_group("model").add_argument
-    model("--model", choices=list(DEFAULTS), help="slices or volumes (u-sam, or --resume's)")
-    sizes = list(dict.fromkeys([*SAM_MODELS, *SAM_MED3D_MODELS]))
-    model("--sam_model", choices=sizes, help="the encoder's size (vit_b; vit_b_ori)")
-    model("--sam_weight", metavar="PATH|none", help="weights to start from (in weight/)")
-    model("--adapter", choices=ADAPTERS,
-        help="SAM with the U-shaped adapter, or none: its own patches and decoder (u)")  # fmt: skip
-    model("--tuning", choices=TUNINGS,
-        help="SAM's encoder: all of it, LoRA on its queries and values, or nothing; "
-        "decoder, prompts and adapter always are (full)")  # fmt: skip
-    model("--lora_weight", type=Path, metavar="FILE",
-        help="start LoRA from a file named as SAMed's (.pth, .safetensors)")  # fmt: skip
-    model("--init", type=Path, metavar="PATH",
-        help="start from a checkpoint of other classes; what fits is taken")  # fmt: skip
-    model("--rel_pos", choices=("published", "corrected"),
-        help="sam-med3d: positions as the published weights need them (published)")  # fmt: skip
-    model("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
-    model("--input", choices=("2d", "2.5d"),
-        help="a slice alone, or between its neighbours as three channels (2d)")  # fmt: skip
-    model("--prompt_mode", type=prompt_mode, choices=(*PROMPT_MODES, MIXED),
-        help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both; "
-        "mixed: trained on all four in turn, evaluated with none (0)")  # fmt: skip
-    model("--prompt_jitter", type=jitter, metavar="N|N%",
-        help="train with prompts up to N pixels, or %% of the image, off (0)")  # fmt: skip
-    train = parser.add_argument_group("training").add_argument
-    train("--epochs", type=positive, help="passes over the training data (100; 200)")
-    train("--batch_size", type=positive, help="samples a batch and process (24; 12)")
-    train("--accumulation_steps", type=positive, help="batches a step (1; 20)")
-    train("--lr", type=non_negative, help="rate of decoder and prompts (1e-3; 8e-5)")
-    train("--lr_vit", type=non_negative, help="rate of SAM's encoder (1e-4; 8e-4)")
-    train("--lr_backbone", type=non_negative, help="rate of the down path (1e-4)")
-    train("--weight_decay", type=non_negative, help="AdamW's (1e-4; 0.1)")
-    train("--rounds", type=positive, help="sam-med3d: clicks simulated in a training step (11)")
-    train("--warmup", action="store_true", default=None,
-        help="ramp the rates up over half an epoch")  # fmt: skip
-    train("--clip_max_norm", type=non_negative, help="gradient norm limit (0: off)")
-    train("--seed", type=count, help="of everything drawn at random (202307)")
-    add_recipe_flags(train)
-    run = parser.add_argument_group("run").add_argument
-    run("--small_checkpoints", action="store_true", default=None,
-        help="lora, decoder: save without SAM's frozen part; "
-        "--resume then needs SAM's file")  # fmt: skip
-    run("--export_lora", type=Path, metavar="FILE",
-        help="write --resume's LoRA under SAMed's names (.pth, .safetensors)")  # fmt: skip
-    run("--clicks", choices=("random", "largest"),
-        help="sam-med3d: --eval clicks any error or the largest (random)")  # fmt: skip
-    run("--eval", action="store_true", help="evaluate --resume on the test cases")
-    run("--resume", nargs="+", type=Path, metavar="PATH|auto",
-        help="checkpoint to go on from or evaluate, or several to average; "
-        "auto: the newest one, if any")  # fmt: skip
-    run("--tensorboard", action="store_true", help="write curves for TensorBoard, too")
-    run("--override", action="store_true",
-        help="go on from --resume although flags or data changed")  # fmt: skip
-    run("--save_every", type=positive, metavar="STEPS", help="save within epochs, too")
-    run("--keep", type=count, default=1, metavar="N",
-        help="predecessors of best.pth and last.pth that stay (1)")  # fmt: skip
-    run("--start_epoch", type=count, help="first epoch, instead of the checkpoint's")
-    run("--output_dir", type=Path, default=Path("chkpt"), help="for all that is written (chkpt)")
-    run("--device", default="auto", metavar="auto|cuda|mps|cpu", help="where to compute (auto)")
-    run("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="mixed precision (auto: what the device is fast at)")  # fmt: skip
-    run("--compile", choices=("auto", "on", "off"), default="auto",
-        help="torch.compile the training step (auto: u-sam on CUDA)")  # fmt: skip
-    run("--checkpoint_activations", action="store_true",
-        help="train large images in less memory and more time")  # fmt: skip
-    run("--world_size", type=positive, default=1, help="processes, where srun starts them (1)")
-    run("--dist_url", default="env://", help="tcp://host:port where those meet")
+    flag_groups.add_data_flags(parser, datasets)
+    flag_groups.add_model_flags(parser)
+    flag_groups.add_training_flags(parser)
+    flag_groups.add_recipe_flags(parser)
+    flag_groups.add_run_flags(parser)
     add_evaluation_flags(parser)
-    add_prediction_flags(parser)
+    flag_groups.add_prediction_flags(parser)
     args = parser.parse_args(arguments)
     check_evaluation_flags(parser, args)
+    check_validation(parser, args)
+    check_lora_files(parser, args)
+    check_resume(parser, args)
+    check_prediction_flags(parser, args)
+    return args
+
+
+def check_validation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with one line where who validates or the image's side is not to be had."""
     if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.val_fraction is not None and args.fold is not None:
         parser.error("--fold says who validates, and so does --val_fraction; give one of them")
     if args.img_size and args.img_size % 16:
         parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
+
+
+def check_lora_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with one line where a LoRA file is named beside what it does not go with."""
     if args.lora_weight and args.resume not in (None, AUTO):
         parser.error("--lora_weight is what a run starts from; --resume has its own LoRA")
     if args.export_lora and args.resume in (None, AUTO):
         parser.error("--export_lora needs --resume PATH, the checkpoint to take LoRA from")
     if args.export_lora and (args.eval or args.predict):
         parser.error("--export_lora writes a file and ends; give it without --eval and --predict")
-    if args.eval and not args.resume and args.model != "sam-med3d":
-        parser.error("--eval needs --resume, the checkpoint to evaluate")
-    check_resume(parser, args)
-    check_prediction_flags(parser, args)
-    return args
 
 
 def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with one line where --resume does not fit what stands beside it."""
+    if args.eval and not args.resume and args.model != "sam-med3d":
+        parser.error("--eval needs --resume, the checkpoint to evaluate")
     if args.resume == AUTO:
         if args.eval or args.predict:
             parser.error("--resume auto goes on training; name a checkpoint here, as best.pth")
     elif args.resume and args.init is not None:
         parser.error("--init is for a fresh start and --resume is none; give one of them")
-
-
-def add_recipe_flags(flag: Callable[..., Any]) -> None:
-    """The flags that `--recipe` sets together."""
-    flag("--recipe", choices=list(RECIPES),
-        help="the flags below as published, or as they scored best (published)")  # fmt: skip
-    flag("--augment", choices=("published", "strong"),
-        help="turns, flips; or small turns, scale, shift, gamma, noise (published)")  # fmt: skip
-    flag("--class_weights", type=class_weights, metavar="none|balanced|W,W,...",
-        help="of the cross-entropy, background first (none)")  # fmt: skip
-    flag("--focal_gamma", type=non_negative, metavar="G",
-        help="focal loss instead of cross-entropy (0: cross-entropy)")  # fmt: skip
-    flag("--foreground_share", type=share, metavar="N%",
-        help="slices of an epoch drawn for a class they show, any class as likely (0)")  # fmt: skip
-    flag("--ema", type=decay, metavar="DECAY",
-        help="validate and predict with averaged weights, e.g. 0.99 (0: off)")  # fmt: skip
-    flag("--patience", type=count, metavar="EPOCHS",
-        help="stop after so many epochs without a better validation score (0: off)")  # fmt: skip
-
-
-def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of --predict."""
-    group = parser.add_argument_group("prediction")
-    flag = group.add_argument
-    flag("--predict", nargs="+", type=Path, metavar="PATH",
-        help="segment scans: NIfTI, NRRD, npz, DICOM series folders, folders of scans")  # fmt: skip
-    flag("--window", nargs="+", metavar="W",
-        help="LOW HIGH (HU), percentile or a preset, instead of the checkpoint's")  # fmt: skip
-    flag("--channel", type=count, help="which of several volumes in a file, from 0")
-    flag("--box", nargs="+", type=float, action="append", metavar="V",
-        help="x1 y1 x2 y2 on --slice, repeatable; sam-med3d: x1 y1 z1 x2 y2 z2")  # fmt: skip
-    flag("--slice", type=count, action="append", metavar="K",
-        help="the slice of a --box, from 0, one for each box")  # fmt: skip
-    flag("--point", nargs="+", type=float, action="append", metavar="V",
-        help="x y z [label]: voxel from 0, label 1 object or 0 not; repeatable")  # fmt: skip
-    flag("--mm", action="store_true", help="--point is in scanner millimetres (RAS)")
-    flag("--prompts", type=Path, metavar="FILE", help="boxes and points as JSON, also for many")
-    flag("--init_mask", type=Path, metavar="PATH",
-        help="sam-med3d: a label map of the scan to refine")  # fmt: skip
-    flag("--probabilities", action="store_true", help="also a 4D NIfTI of class probabilities")
-    flag("--overlay", action="store_true", help="also a PNG of the slices with most foreground")
-    flag("--largest_component", action="store_true", help="keep the largest piece of each class")
 
 
 def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

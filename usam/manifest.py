@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from usam.checkpoint_parts import PLAIN
+
 FORMAT = 1
-PLAIN = (int, float, str, bool, type(None))
 PROJECT = Path(__file__).resolve().parent.parent
 NOT_TRAINED_ON = ("colors", "dataset", "prompt_mode")  # of "data"; the latter two are flags
 ONLY_SAID = ("epochs", "patience", "batch_size", "num_workers", "device", "amp", "compile")
