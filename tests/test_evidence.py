@@ -80,13 +80,18 @@ def test_the_page_keeps_its_words_around_the_table(output: Path, tmp_path: Path)
         assert "old" not in text
 
 
-def test_a_finished_run_is_not_run_again(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_is_not_run_again_unless_by_other_commands(
+    output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    evidence.run(Setting("phantom", "2d", "strong", SEEDS[0]), output, "cpu", 1)
+    setting = Setting("phantom", "2d", "strong", SEEDS[0])
+    told = setting.folder(output) / "commands.json"
+    told.write_text(json.dumps(evidence.commands(setting, output)), encoding="utf-8")
+    evidence.run(setting, output, "cpu", 1)
+    monkeypatch.setattr(evidence, "COMMON", (*evidence.COMMON, "--warmup"))
     with pytest.raises(OSError, match="nowhere"):
-        evidence.run(Setting("anatomy", "2d", "strong", SEEDS[0]), output, "cpu", 1)
+        evidence.run(setting, output, "cpu", 1)
+    assert not (setting.folder(output) / "metrics.json").exists()  # of the other commands
 
 
 def test_without_label_maps_only_the_phantom_is_run(
