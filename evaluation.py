@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from dataset import SliceDataset
-from usam import distributed, engine, report, weights
+from usam import distributed, engine, manifest, report, weights
 from usam.average import averaged
 from usam.case_evaluation import evaluate_cases
 from usam.case_report import CaseReport, aligned, write_report
@@ -26,6 +26,7 @@ from usam.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
 from usam.scan_output import class_colors
 
 NUM_OVERLAYS = 8
+PREPARED = ("classes", "window", "orientation", "spacing", "clahe", "crop", "body_crop")
 
 
 def answering_model(
@@ -65,6 +66,7 @@ def evaluate(
 ) -> None:
     """Print and save the scores of `--resume` on `data`, pooled and by case, with pictures."""
     model, row_col = answering_model(args, precision, saved, data.info["fold_digest"])
+    warn_of_preparation(args, saved, data)
     how = {"precision": precision, "points_are_row_col": row_col}
     load = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     asked = how | {"prompt_mode": args.prompt_mode}
@@ -97,6 +99,19 @@ def evaluate(
     )  # fmt: skip
     print(f"scores: {metrics}\nreport: {page}")
     print(f"overlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
+
+
+def warn_of_preparation(args: Namespace, saved: dict[str, Any], data: SliceDataset) -> None:
+    """Say where `data` is not prepared as the slices that `--resume` was trained on.
+
+    What a checkpoint does not tell, as the published ones' window and class names, is passed over.
+    """
+    told = {name: saved["data"].get(name) for name in PREPARED}
+    if weights.points_are_row_col(saved):
+        told["classes"] = None
+    before = {name: value for name, value in told.items() if value is not None}
+    if found := manifest.changes(before, data.info):
+        say(f"warning: {args.resume} was trained on slices prepared otherwise: {'; '.join(found)}")
 
 
 def merge(args: Namespace) -> None:

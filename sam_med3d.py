@@ -27,6 +27,7 @@ from usam.engine import Precision
 from usam.job import Job, Summary, Watch
 from usam.loaders import evaluation_loader
 from usam.model3d import SamMed3d, build_sam_med3d
+from usam.model_size import count_parameters, multiply_accumulates
 from usam.scan_output import MONTAGE, class_colors, class_volumes, count_voxels, save_montage
 from usam.windows3d import MAX_WINDOWS, Encoder
 
@@ -79,8 +80,10 @@ def starting_model(args: Namespace, saved: Saved) -> SamMed3d:
 def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore) -> Job:
     """SAM-Med3D's training on the objects of `store`, with held-out ones to choose the best by."""
     train, val = (objects_of(args, split, model, store) for split in ("train", "val"))
-    million = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    say(f"{million:.1f} M trained parameters; {args.dataset}: objects of {len(train.case_ids)} "
+    parts = {name: list(part.parameters()) for name, part in model.named_children()}
+    arithmetic = multiply_accumulates(model.image_encoder, 1, 1, *3 * [model.side]) / 1e9
+    say(f"{count_parameters(parts)}; {arithmetic:.1f} G multiply-accumulates to encode a crop")
+    say(f"{args.dataset}: objects of {len(train.case_ids)} "
         f"cases to train on, {len(val)} of {len(val.case_ids)} to validate on")  # fmt: skip
     if not len(val):
         say("too few training cases to set some aside: best.pth holds the last epoch")

@@ -78,11 +78,27 @@ def test_evaluation_writes_scores_where_they_were_and_a_report(
     assert "by case (2 cases)" in result.out
     assert result.out.count("prompts: boxes around the true masks") == 2
     assert str(tmp_path / "report" / "report.html") in result.out
+    assert "warning" not in result.out
     spaced = evaluation(store, tmp_path / "mm", runs / "fold0" / "best.pth")
     assert run(capsys, *spaced, "--spacing", "5", "0.7", "0.7").code == 0
     again = json.loads((tmp_path / "mm" / "metrics.json").read_text(encoding="utf-8"))
     assert again["per_case"]["unit"] == "mm, ml"
     assert (again["dice"], again["counts"]) == (found["dice"], found["counts"])
+
+
+def test_slices_prepared_otherwise_than_the_trained_ones_are_told(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = shutil.copytree(store, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text(encoding="utf-8"))
+    index["window"], index["classes"][1]["name"] = [-100, 300], "bowel"
+    (other / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    result = run(capsys, *evaluation(other, tmp_path / "out", runs / "fold0" / "best.pth"))
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.out.splitlines() if line.startswith("warning")]
+    assert "window [-100, 300] (was [-160, 240])" in line
+    assert "bowel" in line
+    assert "clahe" not in line
 
 
 def test_folds_are_evaluated_on_their_own_cases_and_merged(
