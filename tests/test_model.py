@@ -234,3 +234,18 @@ def test_unknown_choices_are_refused(changes, message):
 def test_input_that_does_not_fit_is_refused(shape, prompts, message):
     with pytest.raises(ValueError, match=message):
         tiny()(torch.rand(shape), **prompts)
+
+
+def test_batchnorm_folded_into_convolutions_gives_the_same_and_learns_nothing() -> None:
+    model = build_usam("vit_tiny", 3, 32)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = torch.rand(2, 1, 32, 32)
+    unfolded = model.eval()(pixels).detach()
+    with torch.no_grad():
+        folded = model(pixels)
+    assert not torch.equal(folded, unfolded)  # another order of sums: it was folded
+    torch.testing.assert_close(folded, unfolded, rtol=1e-4, atol=1e-4 * unfolded.std().item())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

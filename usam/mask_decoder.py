@@ -14,7 +14,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from usam.sam_vit import PATCH, PROMPT_WIDTH
-from usam.unet_path import UpBlock
+from usam.unet_path import UpBlock, conv_norm_relu
 
 NUM_MASK_TOKENS = 32
 MAP_WIDTH = 32  # channels of the maps that the mask tokens weigh
@@ -133,7 +133,8 @@ class MaskDecoder(TokenDecoder):
         maps = self.up2(self.up3(self.up4(image, x4), x3), x2)  # (N, 32, H/2, W/2)
         weights = self.hypernetworks(tokens)  # (N, 32, 32)
         masks = torch.einsum("nchw,nmc->nhwm", maps, weights).permute(0, 3, 1, 2)  # channels last
-        return self.final_output(self.up1(masks, x1)).float()
+        conv, norm, _, last = self.final_output
+        return last(conv_norm_relu(conv, norm, self.up1(masks, x1))).float()
 
 
 class SamMaskDecoder(TokenDecoder):

@@ -6,9 +6,25 @@ usam.model joins them to SAM's encoder and decoder; names are those of the publi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 SKIP_WIDTHS = (32, 64, 128, 256)  # channels at 1/1, 1/2, 1/4, 1/8
+
+
+def conv_norm_relu(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Convolution, BatchNorm and ReLU, the image read and written once where nothing is trained.
+
+    The fixed scale and shift of BatchNorm then go into the convolution's small weights.
+    """
+    if norm.training or torch.is_grad_enabled():
+        return norm(conv(x)).relu()
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
+        norm.bias,
+    )  # fmt: skip
+    return F.conv2d(x, weight, bias, padding=conv.padding).relu_()
 
 
 class ConvNormReLU(nn.Module):
@@ -20,7 +36,7 @@ class ConvNormReLU(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)).relu()
+        return conv_norm_relu(self.conv, self.norm, x)
 
 
 def two_convolutions(in_channels: int, out_channels: int) -> nn.Sequential:
