@@ -49,4 +49,6 @@ def seeded() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork and train in the child come first: no fork may follow a backward pass."""
-    items.sort(key=lambda item: item.path.name not in ("test_stress.py", "test_faults.py"))
+    items.sort(
+        key=lambda item: item.path.stem not in ("test_faults", "test_security", "test_stress")
+    )
