@@ -20,7 +20,11 @@ import torch
 from benchmarks import harness
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-BENCHMARKS = ("train_step", "evaluate", "end_to_end", "data", "encoder3d", "train_step3d", "memory")
+BENCHMARKS = (
+    "train_step", "evaluate", "end_to_end", "data", "encoder3d", "train_step3d", "memory",
+    "profile",
+)  # fmt: skip
+ALSO = {"profile": ["--rows", "8"]}  # flags of one alone
 HEAD = """# Results
 
 Ours against plain code in one process, in the order A B B A: medians with the range, ratios taken
@@ -33,6 +37,7 @@ file; what was not run on a kind of device is "unmeasured".
 def run(name: str, device: str, flags: list[str]) -> str:
     """What a benchmark prints, or why it did not get that far."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--device", device, *flags]
+    command += ALSO.get(name, [])
     started = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True)
     shown = " ".join(["python", *command[1:]])

@@ -1,51 +1,96 @@
-"""Where a training step's time goes: a trace for a viewer and the 20 costliest operations.
+"""Where a training step and an evaluation spend their time: the costliest operations, and a trace.
 
-    python -m benchmarks.profile [--size 224] [--batch 8] [--dtype bfloat16] [--trace step.json]
+    python -m benchmarks.profile [--quick] [--size 224] [--batch 4] [--rows 20] [--trace step.json]
 
-The trace opens in chrome://tracing or Perfetto; the table is sorted by the device's own time.
+Shares are of the device's own time, that of matrix products and convolutions (the library's, beyond
+which nothing here reaches) is summed up. The trace, of the last table, opens in Perfetto.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness
-from benchmarks.train_step import CLASSES, Case, our_work
+from benchmarks.evaluate import our_work as evaluation
+from benchmarks.train_step import CLASSES, Case, ReadyBatches, precision_of
+from benchmarks.train_step import our_work as training
 from usam.model import build_usam
 
+PRODUCTS = ("mm", "attention", "conv", "cutlass", "nvjet", "flash", "wgrad", "dgrad", "fprop")
 ROWS = 20
 
 
-def main() -> None:
-    parser = harness.device_parser(__doc__)
-    parser.add_argument("--sam_model", default="vit_b")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--trace", type=Path, default=Path("step.json"))
-    options = parser.parse_args()
-    if options.quick:
-        options.sam_model, options.size, options.batch = "vit_tiny", 32, 2
-    harness.set_up(options)
-    device = torch.device(options.device)
-    model = build_usam(options.sam_model, CLASSES, options.size).to(device)
-    work = our_work(model, Case(options.size, options.batch, options.dtype, ""), device)
+def profiled(work: harness.Work, device: torch.device) -> profile:
+    """One call of `work`, profiled after one that was not."""
     work()
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         work()
-    profiler.export_chrome_trace(os.fspath(options.trace))
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    print(f"{options.sam_model}, {options.size} pixels, batch {options.batch}, {options.dtype}")
-    print(harness.machine(device))
-    print(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=ROWS))
-    print(f"trace: {options.trace}")
+    return profiler
+
+
+def shares(profiler: profile, kind: str, rows: int) -> str:
+    """A Markdown table of the operations with most time of their own, and the products' sum."""
+    found = [
+        (event.key, getattr(event, f"self_{kind}_time_total"), event.count)
+        for event in profiler.key_averages()
+    ]
+    found = sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
+    whole = sum(spent for _, spent, _ in found)
+    products = sum(spent for name, spent, _ in found if any(part in name for part in PRODUCTS))
+    lines = ["| operation | ms | share | calls |", "| --- | --- | --- | --- |"]
+    for name, spent, calls in found[:rows]:
+        lines.append(f"| {name[:60]} | {spent / 1e3:.1f} | {100 * spent / whole:.1f} % | {calls} |")
+    lines.append(f"| **products and convolutions** | {products / 1e3:.1f} | "
+                 f"{100 * products / whole:.1f} % | |")  # fmt: skip
+    return "\n".join([*lines, f"| **all** | {whole / 1e3:.1f} | 100 % | |"])
+
+
+def arguments() -> argparse.Namespace:
+    parser = harness.device_parser(__doc__)
+    parser.add_argument("--sam_model", default="vit_b")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--what", nargs="+", default=["training", "evaluation"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, default=ROWS, help="of each table")
+    parser.add_argument("--trace", type=Path, help="write a trace for a viewer there")
+    options = parser.parse_args()
+    if options.quick:
+        options.sam_model, options.size, options.batch = "vit_tiny", 32, 2
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    harness.set_up(options)
+    if options.unmeasured:
+        print(harness.UNMEASURED)
+        return
+    device = torch.device(options.device)
+    kind = "device" if device.type == "cuda" else "cpu"
+    print(f"U-SAM {options.sam_model}, {options.size} pixels, batch {options.batch}; "
+          f"{harness.machine(device)}")  # fmt: skip
+    for what, dtype in product(options.what, options.dtype):
+        model = build_usam(options.sam_model, CLASSES, options.size).to(device)
+        case = Case(options.size, options.batch, dtype, "")
+        if what == "training":
+            work = training(model, case, device)
+        else:
+            work = evaluation(model, ReadyBatches(case), precision_of(dtype, device))
+        profiler = profiled(work, device)
+        print(f"\n{what}, {dtype}\n\n{shares(profiler, kind, options.rows)}")
+    if options.trace:
+        profiler.export_chrome_trace(os.fspath(options.trace))
+        print(f"\ntrace: {options.trace}")
 
 
 if __name__ == "__main__":
