@@ -143,12 +143,12 @@ def _check_case(case: Entry, where: str, num_classes: int) -> None:
         box, counts = boxes.get(str(number)), pixels.get(str(number))
         if not _is_box(box, shape):
             raise ValueError(f"{where}: object {number} has no box inside the volume")
-        if not _are_counts(counts, box[1][0] - box[0][0]):
+        if not _are_counts(counts, box[1][0] - box[0][0], shape[1] * shape[2]):
             raise ValueError(f"{where}: object {number} has no voxel counts of its box's planes")
 
 
-def _are_counts(value: object, length: int) -> bool:
-    whole = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+def _are_counts(value: object, length: int, most: int) -> bool:
+    whole = isinstance(value, list) and all(type(n) is int and 0 <= n <= most for n in value)
     return whole and len(value) == length and any(value)
 
 

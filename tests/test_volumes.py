@@ -178,6 +178,7 @@ TABLE = [{"id": 0, "name": "background"}, {"id": 1, "name": "thing"}]
         ({"objects": [True]}, "object True"),
         ({"boxes": {"1": [[0, 0, 0], [9, 8, 8]]}}, "no box inside"),
         ({"pixels": {"1": [0, 0, 0]}}, "no voxel counts"),
+        ({"pixels": {"1": [1, 10**30, 1]}}, "no voxel counts"),
         ({"pixels": {"1": [9] * 8}}, "no voxel counts"),
         ({"pixels": [1, 2]}, "tables of boxes"),
     ],

@@ -36,7 +36,7 @@ from tests.stress.stores import (
     verified,
 )
 from tests.toy import FLOAT32, one_group
-from training import restore
+from training import blamed_on, restore
 from usam import checkpoint
 from usam.engine import Progress
 from usam.model import build_usam
@@ -105,7 +105,8 @@ def taken_up(path: Path) -> dict[str, Any]:
     """Our checkpoint as a run takes it up: weights, optimizer, random state, position."""
     saved, model = read_checkpoint(path), small_model(0)
     checkpoint.load_model_state(model, saved["model"], path)
-    restore(saved, one_group(model), FLOAT32.scaler())
+    with blamed_on(path):
+        restore(saved, one_group(model), FLOAT32.scaler())
     return vars(Progress(**saved["progress"])) | dict(saved["best"])
 
 

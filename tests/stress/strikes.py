@@ -6,6 +6,7 @@ Parts that stop and kill runs install one in a process that is about to become u
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -104,7 +105,10 @@ class Strike:
         """On rank 0 and by SIGKILL within the writing of last.pth, else where the save begins."""
         if self.rank == 0 and self.how == "SIGKILL":
             place = Moment(2, "within", 100)
-            Injector(place, self.act, only=lambda path: ".last.pth" in path).watching().__enter__()
+            injector = Injector(place, self.act, only=lambda path: ".last.pth" in path)
+            watching = injector.watching()
+            watching.__enter__()
+            atexit.register(watching.__exit__, None, None, None)  # holds it until the end
         else:
             RunFolder.save = on_call(self.number, self.act, RunFolder.save)
 
