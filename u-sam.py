@@ -10,7 +10,7 @@
 
 Reads top to bottom: flags, what a run is made of, evaluation, prediction; training.py has the
 epochs. Exit codes: 0 done, 2 bad input, 75 stopped by a signal and saved, to go on with
---resume auto.
+--resume auto, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from usam.recipes import chosen_loss, jitter_pixels
 from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
 from usam.small_checkpoint import base_of_run
 
-BAD_INPUT = 2  # exit code
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 
 def main(args: Namespace) -> None:
@@ -117,6 +117,9 @@ def fresh_model(args: Namespace, data: dict[str, Any]) -> USam:
         say(weights.initialize(model, args.sam_model, args.sam_weight, **start))
     if args.lora_weight:
         say(load_lora(model, args.lora_weight))
+    if args.tuning != "full" and args.sam_weight == "none" and not args.init:
+        say(f"warning: --tuning {args.tuning} leaves SAM's encoder as it is, and --sam_weight none "
+            "makes it random")  # fmt: skip
     return model
 
 
@@ -168,7 +171,10 @@ def slices_job(
         return counts.summary(classes) | {"prompts": report.PROMPT_SOURCES[mode]}
 
     def shown(summary: Summary) -> dict[str, float | None]:
-        return dict(list(summary["dice"].items())[1:6]) | {"mean": summary["mean_dice"]}
+        dice = dict(list(summary["dice"].items())[1:])
+        few = dice if len(dice) < 6 else dict(list(dice.items())[:4])
+        mean = "mean" if few is dice else f"mean of all {len(dice)} classes"
+        return few | {mean: summary["mean_dice"]}
 
     pixels, device = data["train"].class_pixels, precision.device
     loss = chosen_loss(args.class_weights, args.focal_gamma, pixels, device)
@@ -260,7 +266,10 @@ if __name__ == "__main__":
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         print(f"u-sam.py: error: {reason}", file=sys.stderr, flush=True)
         peers.end(BAD_INPUT)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        print("u-sam.py: interrupted", file=sys.stderr, flush=True)
+        peers.end(INTERRUPTED)
+    except Exception as error:
         peers.end_by(error)
     finally:
         distributed.stop()

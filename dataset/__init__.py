@@ -30,6 +30,12 @@ __all__ = [
 ]
 
 
+SPLIT_HINT = {
+    "train": "it has no training cases",
+    "test": "prepare it with --test_fraction 0.2, or with --folds 5 and evaluate with --fold 0",
+}
+
+
 class Source(NamedTuple):
     """A source of slices: how its store is opened (and made), and how training uses it."""
 
@@ -98,7 +104,9 @@ def build_dataset(
         chosen = thin_out_empty(store, chosen, share, seed)
     if not chosen and (split != "val" or val_fraction == 0):
         wanted = "test" if split == "val" else split
-        raise FileNotFoundError(f"dataset {name}: no {wanted} slices in {store.folder}")
+        raise FileNotFoundError(
+            f"dataset {name}: no {wanted} slices in {store.folder}; {SPLIT_HINT[wanted]}"
+        )
     return SliceDataset(
         store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop,
         input_mode=input_mode,

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dataset.parallel import default_workers
 from dataset.scans import WINDOWS, Window, parse_window
 from dataset.slices import SliceStore
 from dataset.sources import LAYOUTS, Source, find_source
-from dataset.splits import hold_out, split_table, write_json
+from dataset.splits import hold_out, read_fold, split_table, write_json
 from dataset.store_folder import check_names, check_output, classes_seen, pack_all, sweep
 from dataset.summary import left_out_lines, summary_lines, volume_summary_lines
 from dataset.volume_packing import prepare_volumes
@@ -256,9 +257,28 @@ def prepare_scans(
     check_names(jobs)
     sweep(output)
     entries = pack_all(pack_case, jobs, workers)
+    index = _index_of(source, entries, options, clahe=clahe)
+    changed = _changed_lines(output, index, folds)
     write_json(output / "splits.json", table)
-    slices.write_index(output, _index_of(source, entries, options, clahe=clahe))
-    return SliceStore(output).index, left_out_lines(source)
+    slices.write_index(output, index)
+    return SliceStore(output).index, [*left_out_lines(source), *changed]
+
+
+def _changed_lines(output: Path, index: slices.Entry, folds: int | None) -> list[str]:
+    """How the store differs from one that was there before."""
+    try:
+        before = SliceStore(output).index
+    except (ValueError, OSError):
+        return []
+    lines = [
+        f"replaces a store of another {name}: {index[name]} (was {before.get(name)})"
+        for name in ("window", "spacing", "body_crop", "clahe")
+        if index[name] != before.get(name)
+    ]
+    with suppress(ValueError, OSError):
+        if read_fold(output, 0) and not folds:
+            lines.append("the folds of the store before are gone; --folds writes them")
+    return lines
 
 
 def _index_of(

@@ -69,7 +69,7 @@ class ScanSlices:
         if is_npz and trained not in (None, "percentile"):
             raise ValueError(
                 f"{self.scan.path}: a CARE slice holds no HU; the checkpoint was trained on window "
-                f"{trained}"
+                f"{trained}; give it the scan in HU (NIfTI, DICOM), or a checkpoint trained on CARE"
             )
         if is_npz:
             return trained

@@ -73,7 +73,8 @@ def read_label(path: str | Path, num_classes: int = 256) -> Scan:
     if stored.min() < 0 or stored.max() >= num_classes:
         ids = np.unique(stored[(stored < 0) | (stored >= num_classes)])[:5]
         raise ValueError(
-            f"{path}: label ids outside the table of {num_classes} classes: {_listed(ids)}"
+            f"{path}: label ids outside the table of {num_classes} classes (background "
+            f"included): {_listed(ids)}"
         )
     return Scan(stored.astype(np.uint8, order="K", copy=False), scan.header)
 

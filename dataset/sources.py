@@ -189,6 +189,8 @@ def find_folder(
                 f"folder: no folder {folder}; wanted images and labels below --input, or --labels"
             )
     table = class_table(classes) if classes else None
+    if images.resolve() == labels.resolve():
+        raise ValueError(f"folder: images and labels are the same folder, {images}; name two")
     source = _paired(Source("folder", root, table, []), images, labels, "train", channel)
     if not source.cases:
         raise FileNotFoundError(f"folder: no scan in {images} has a label of its name in {labels}")

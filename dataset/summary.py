@@ -25,7 +25,7 @@ def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[s
         ids = {case["id"] for case in cases}
         lines.append(f"{split:<8}{len(ids):>8}{len(pixels):>10}{with_foreground:>18}")
     lines += ["", *_class_lines(index), "", *_geometry_lines(index["cases"])]
-    return lines + list(left_out)
+    return [*lines, *_missing_lines(index), *left_out]
 
 
 def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
@@ -70,6 +70,17 @@ def _class_lines(index: dict[str, Any]) -> list[str]:
         slices = sum(int((column > 0).sum()) for column in columns)
         cases = sum(bool(column.any()) for column in columns)
         lines.append(f"{row['id']:>3} {row['name']:<22.22}{voxels:>14}{slices:>9}{cases:>8}")
+    return lines
+
+
+def _missing_lines(index: dict[str, Any]) -> list[str]:
+    """What a newcomer would stumble over later: nobody to test on, classes that nobody has."""
+    cases, lines = index["cases"], []
+    if not any(case["split"] == "test" for case in cases):
+        lines.append("no test cases: --eval needs some (--test_fraction 0.2), or --folds 5")
+    totals = np.sum([np.sum(case["pixels"], axis=0) for case in cases], axis=0)
+    if absent := [row["name"] for row in index["classes"] if not totals[row["id"]]]:
+        lines.append(f"classes without a voxel: {', '.join(absent)}")
     return lines
 
 

@@ -76,7 +76,8 @@ def build_volumes(
     objects = [(n, c) for n in cases for c in store.cases[n]["objects"] if c in wanted]
     if not objects and (split != "val" or val_fraction == 0):
         sought = "test" if split == "val" else split
-        raise FileNotFoundError(f"dataset {name}: no {sought} objects in {store.folder}")
+        hint = "; prepare it with --test_fraction 0.2" if sought == "test" else ""
+        raise FileNotFoundError(f"dataset {name}: no {sought} objects in {store.folder}{hint}")
     return VolumeDataset(store, objects, side=side, seed=seed, flips=flips)
 
 

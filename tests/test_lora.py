@@ -292,7 +292,7 @@ def test_a_small_checkpoint_is_completed_from_sams_file(
 def test_small_checkpoints_need_a_file_to_belong_to(sam_weights: Path) -> None:
     how = {"small": True, "tuning": "lora"}
     for saved_run, file in ((None, None), ({"data": {}}, sam_weights)):
-        with pytest.raises(ValueError, match="needs a run that started from SAM's file"):
+        with pytest.raises(ValueError, match="needs a fresh run that starts from SAM's file"):
             small_checkpoint.base_of_run(saved_run, sam_weights=file, **how)
 
 

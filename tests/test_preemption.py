@@ -99,7 +99,7 @@ def stopped_run(capsys: Any, flags: list[str], owner: Any, name: str, **how: Any
 # ---------------------------------------------------------------------- in one process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_stopped_before_each_validation_ends_as_the_uninterrupted_one(
     flags: Flags, whole: Path, tmp_path: Path, capsys: Any, number: int
 ) -> None:
@@ -114,6 +114,22 @@ def test_a_run_stopped_before_each_validation_ends_as_the_uninterrupted_one(
     # The step that the signal comes in is finished: of two steps an epoch, the second of each run.
     assert where == [(1, 0, 75), (2, 0, 75), (3, 0, 75), (3, 0, 0)]
     assert_same_run(folder, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(flags: Flags, tmp_path: Path, capsys: Any) -> None:
+    real = engine._optimizer_step
+
+    def impatient(*given: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_optimizer_step", impatient)
+        result = run(capsys, *flags(tmp_path / "run"))
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "u-sam.py: interrupted"
+    assert not (tmp_path / "run" / "last.pth").exists()
 
 
 def test_a_run_stopped_within_epochs_ends_as_the_uninterrupted_one(

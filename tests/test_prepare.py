@@ -337,3 +337,27 @@ def test_real_word_volumes_become_a_store(tmp_path, shared_data):
     masks = np.stack([store.read(0, k)[1] for k in range(store.cases[0]["shape"][0])])
     liver, spleen = (np.argwhere(masks == organ)[:, 2].mean() for organ in (1, 2))
     assert liver < spleen
+
+
+def test_a_store_that_is_made_otherwise_says_so_and_what_it_lacks(tmp_path, capsys):
+    for name in ("images", "labels"):
+        layouts.nnunet(tmp_path / "raw", {"labels": {"background": 0, "a": 1, "b": 2}})
+        (tmp_path / "raw" / f"{name}Tr").rename(tmp_path / name)
+    labels = ["--labels", str(tmp_path / "labels"), "--classes", "liver", "colon", "spleen"]
+    images, out = tmp_path / "images", tmp_path / "out"
+    for path in images.iterdir():
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    prepare("folder", images, out, *labels, "--folds", "2")
+    told = capsys.readouterr().out
+    assert "no test cases: --eval needs some" in told
+    assert "classes without a voxel: spleen" in told
+    assert "replaces" not in told
+    with pytest.raises(FileNotFoundError, match=r"no test slices in .*; prepare it with --test_fr"):
+        build_dataset("store", "test", data_root=out)
+    prepare("folder", images, out, *labels, "--window", "bone")
+    told = capsys.readouterr().out
+    assert "replaces a store of another window" in told
+    assert "the folds of the store before are gone" in told
+    assert "error: folder: images and labels are the same folder" in refused(
+        capsys, "folder", "--input", images, "--labels", images, "--output", tmp_path / "b"
+    )

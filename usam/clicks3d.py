@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from usam.distributed import is_main, reduce_sum
+from usam.distributed import reduce_sum
 from usam.engine import Batch, Precision, TrainingStep
 from usam.losses import dice_bce_loss
 from usam.model3d import SamMed3d
+from usam.progress import progress_bar
 from usam.prompts import next_clicks
 
 NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored
@@ -98,7 +98,7 @@ def click_dice(
     """
     model.eval()
     sums = torch.zeros(len(NUM_CLICKS) + 1, dtype=torch.float64, device="cpu")
-    for batch in tqdm(loader, desc="validating", disable=not is_main(), leave=False):
+    for batch in progress_bar(loader, desc="validating"):
         volume, mask = crops_to_device(batch, normalise, precision.device)
         generators = [click_generator(seed, name) for name in batch["id"]]
         with precision.autocast():

@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from usam.average import WeightAverage
-from usam.distributed import is_main, rank, reduce_sum
+from usam.distributed import rank, reduce_sum
 from usam.epoch_sums import EpochSums
 from usam.finite_guard import FiniteGuard
 from usam.losses import segmentation_loss
 from usam.metrics import ClassCounts
+from usam.progress import is_terminal, progress_bar
 from usam.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
 from usam.quarantine import UNREADABLE
 from usam.schedule import learning_rate_factor
@@ -236,15 +237,14 @@ def _print_figures(bar: tqdm, sums: EpochSums, rate: float, samples_per_step: in
     """Mean loss so far, rate and speed beside the bar; waits for the device."""
     speed = (bar.format_dict["rate"] or 0.0) * samples_per_step
     mean = float(sums.losses[0] / sums.losses[1])
-    bar.set_postfix_str(f"loss {mean:.4f}, lr {rate:.2e}, {speed:.1f} images/s")
+    text = f"loss {mean:.4f}, lr {rate:.2e}, {speed:.1f} images/s"
+    bar.set_postfix_str(text, refresh=is_terminal())
 
 
 def _progress_bar(num_steps: int, progress: Progress) -> tqdm:
     """A bar over the steps of an epoch, on rank 0."""
-    return tqdm(
-        total=num_steps, initial=progress.step, desc=f"epoch {progress.epoch}", unit="step",
-        disable=not is_main(), leave=False, dynamic_ncols=True,
-    )  # fmt: skip
+    name = f"epoch {progress.epoch}"
+    return progress_bar(total=num_steps, initial=progress.step, desc=name, unit="step")
 
 
 def _set_rate(
@@ -330,7 +330,7 @@ def predictions(
     `alter_prompts` gives others in their place.
     """
     model.eval()
-    for batch in tqdm(loader, desc="evaluating", disable=not is_main(), leave=False):
+    for batch in progress_bar(loader, desc="evaluating"):
         image, mask = to_device(batch, precision.device)
         prompts = alter_prompts(prompts_from_masks(mask, model.num_classes, prompt_mode), batch)
         given = dict(prompts)

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from usam.clicks3d import NUM_CLICKS, THRESHOLD, click_generator, clicks_text
-from usam.distributed import is_main, rank, reduce_sum, world_size
+from usam.distributed import rank, reduce_sum, world_size
+from usam.progress import progress_bar
 from usam.prompts import largest_error_click, next_clicks
 from usam.surface import surface_dice
 from usam.windows3d import Encoder, Session
@@ -52,7 +53,7 @@ def evaluate_objects(
     failed = torch.zeros(len(items), dtype=torch.float64)
     opened: tuple[int, tuple[Encoder, np.ndarray]] | None = None
     numbers = range(rank(), len(items), world_size())
-    for number in tqdm(numbers, desc="evaluating", disable=not is_main(), leave=False):
+    for number in progress_bar(numbers, desc="evaluating"):
         item = items[number]
         try:
             if opened is None or opened[0] != item.case:
@@ -190,7 +191,7 @@ def format_clicks(summary: Mapping[str, Any]) -> str:
 
 def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
     """Dice over the number of clicks as PNG: each class, and all with their spread."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axis = figure.subplots()
     keys = [clicks_text(number) for number in NUM_CLICKS]
     for name, row in summary["classes"].items():
@@ -203,5 +204,5 @@ def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
     axis.plot(NUM_CLICKS, mean, color="black", lw=2, marker="o", ms=4, label="all (band: 1 SD)")
     axis.set(xlabel="clicks", ylabel="Dice", ylim=(0, 1), xticks=NUM_CLICKS)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=120)

@@ -94,7 +94,8 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
     """
     parser = Parser(
         description="Tune SAM to segment CT scans.",
-        epilog="Exit codes: 0 done; 2 bad input; 75 stopped by SIGTERM or SIGUSR1, all saved.",
+        epilog="Exit codes: 0 done; 2 bad input; 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C, all "
+        "saved; 130 interrupted.",
     )
     flag_groups.add_data_flags(parser, datasets)
     flag_groups.add_model_flags(parser)
@@ -211,7 +212,9 @@ def check_model_flags(args: argparse.Namespace) -> None:
             said = "several --resume are" if name == "ensemble" else f"--{name} is"
             raise ValueError(f"{said} not for --model {args.model}; leave it out")
     if args.dataset and (args.dataset in DATASETS_3D) != (args.model == "sam-med3d"):
-        raise ValueError(f"--dataset {args.dataset} is not for --model {args.model}")
+        other = next(name for name in DEFAULTS if name != args.model)
+        whose = f"{args.resume} is a {args.model} model" if args.resume else f"--model {args.model}"
+        raise ValueError(f"--dataset {args.dataset} is for --model {other}; {whose}")
     wanted = BOX_LENGTH[args.model]
     if any(len(box) != wanted for box in args.box or []):
         raise ValueError(f"--box wants {wanted} numbers for --model {args.model}")

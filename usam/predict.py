@@ -28,6 +28,7 @@ from usam.scan_output import MONTAGE, STEPS, ProbabilityFile
 from usam.scan_prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
 
 BATCHES_AHEAD = 2  # prepared while the device works
+PREPARED = ("orientation", "spacing", "img_size", "input", "clahe", "crop", "body_crop")  # of data
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def describe(
         "shape": list(header.shape),
         "spacing_mm": None if header.spacing is None else [round(s, 6) for s in header.spacing],
         "window": list(scan.window) if isinstance(scan.window, tuple) else scan.window,
+        **{name: predictor.data.get(name) for name in PREPARED},
         "prompted_slices": None if given is None else given.slices,
         "largest_component": predictor.largest_component,
     }

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and SIGUSR1 end training at a step that all processes agree on.
+"""Stopping on request: SIGTERM, SIGUSR1, Ctrl-C end training at a step that all processes agree on.
 
 training.py asks after every optimizer step and before every batch of a validation; the workers of
 its loaders sit such signals out.
@@ -24,7 +24,8 @@ from usam.distributed import world_size
 from usam.peers import end
 
 STOPPED = 75  # exit code of a run that saved itself and may go on: EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGAIN = b"\nstopping after this step, all saved; Ctrl-C again ends at once, unsaved\n"
 SECONDS = 0.5  # between two exchanges of the flag, where steps are shorter
 MAX_CALLS = 16  # between two exchanges, should steps suddenly take longer
 
@@ -34,7 +35,8 @@ class StopRequest:
 
     Before `watch` there is nothing to save, and a signal ends the process at once with STOPPED.
     From then on it is only noted, however often it comes, and `asked` tells every process so in
-    the same place. The flag travels over a gloo group of its own, so no device is waited for.
+    the same place; a second Ctrl-C in a run of one process is a KeyboardInterrupt. The flag
+    travels over a gloo group of its own, so no device is waited for.
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,10 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._watched and world_size() == 1:
+            if self._noted:
+                raise KeyboardInterrupt
+            os.write(2, AGAIN)  # print may be what was interrupted
         self._noted = True
         if not self._watched:
             name = signal.Signals(number).name

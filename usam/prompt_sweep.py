@@ -13,13 +13,12 @@ from zlib import crc32
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from usam import engine
 from usam.case_metrics import MEAN
-from usam.distributed import is_main
 from usam.engine import Batch
 from usam.metrics import ClassCounts
+from usam.progress import progress_bar
 from usam.prompts import PROMPT_MODES, jittered
 from usam.recipes import jitter_pixels
 from usam.report import PROMPT_SOURCES
@@ -54,7 +53,7 @@ def sweep_prompts(
         (mode, jitter) for mode in PROMPT_MODES for jitter in (JITTERS if mode else JITTERS[:1])
     ]
     found = []
-    for mode, jitter in tqdm(ways, desc="prompts", disable=not is_main(), leave=False):
+    for mode, jitter in progress_bar(ways, desc="prompts"):
         pixels = jitter_pixels(jitter, img_size)
         alter = partial(move_prompts, pixels=pixels, img_size=img_size, seed=seed)
         counts = engine.evaluate(

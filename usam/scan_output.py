@@ -180,8 +180,12 @@ def write_description(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def class_colors(colors: Sequence[str | None] | None, num_classes: int) -> list[str]:
-    """A colour a class, #rrggbb: those recorded, matplotlib's tab20 for the others."""
-    palette = matplotlib.colormaps["tab20"].colors
+    """A colour a class, #rrggbb: those recorded, matplotlib's tab20 for the others.
+
+    Its ten strong colours come first, then their pale twins, so that few classes look unlike.
+    """
+    tab20 = matplotlib.colormaps["tab20"].colors
+    palette = (*tab20[0::2], *tab20[1::2])
     recorded = list(colors or [])[:num_classes]
     recorded += [None] * (num_classes - len(recorded))
     defaults = ["#000000"] + [to_hex(palette[i % len(palette)]) for i in range(num_classes)]

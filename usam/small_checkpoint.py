@@ -31,7 +31,10 @@ def base_of_run(
     if base is not None or not small:
         return base
     if saved or sam_weights is None:
-        raise ValueError("--small_checkpoints needs a run that started from SAM's file and with it")
+        raise ValueError(
+            "--small_checkpoints leaves SAM's part out, so it needs a fresh run that starts from "
+            "SAM's file: no --resume, --init or --sam_weight none"
+        )
     if tuning == "full":
         raise ValueError("--small_checkpoints needs --tuning lora or decoder; full changes it all")
     return {"file": str(sam_weights), "sha256": sam_file.digest(sam_weights)}

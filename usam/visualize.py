@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -143,6 +144,8 @@ def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     axes[0].set(title="training loss", xlabel="epoch")
     if scored:
         names = [name for name in scored[0]["val"]["dice"] if name != "background"]
+        tab20 = matplotlib.colormaps["tab20"].colors
+        axes[1].set_prop_cycle(color=(*tab20[0::2], *tab20[1::2]))  # strong, then their pale twins
         for name in names:
             _draw_curve(axes[1], scored, [line["val"]["dice"][name] for line in scored], label=name)
         means = [line["val"]["mean_dice"] for line in scored]

@@ -45,7 +45,8 @@ def load_sam_med3d_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such SAM-Med3D checkpoint; download sam_med3d_turbo.pth from {ADDRESS}"
+            f"{path}: no such SAM-Med3D checkpoint; download sam_med3d_turbo.pth from {ADDRESS} "
+            "and put it there, or train from random weights: --sam_weight none"
         )
     state = bare_names(read_tensors(path))
     num_point_embeddings = len({name for name in state if name.startswith(POINT_EMBEDDING)})

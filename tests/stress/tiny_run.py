@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tests.stress.counts import free_port
@@ -69,6 +70,7 @@ def warm_up() -> None:
 
 def as_main(flags: Sequence[str | Path], inject: Callable[[], None] = lambda: None) -> None:
     """Be `python u-sam.py flags` in this process, after `inject`; ends by SystemExit or returns."""
+    torch.set_num_threads(1)  # a new pool: torch's threads would race to replace the parent's
     random.seed(os.getpid())  # a fresh process starts from other random numbers each time
     np.random.seed(os.getpid())
     sys.argv = [str(SCRIPT), *map(str, flags)]
