@@ -255,29 +255,37 @@ def prepare_scans(
     )
     jobs = [Job(case, output, options) for case in source.cases]
     check_names(jobs)
+    before = _options_before(output)
     sweep(output)
     entries = pack_all(pack_case, jobs, workers)
     index = _index_of(source, entries, options, clahe=clahe)
-    changed = _changed_lines(output, index, folds)
+    changed = _changed_lines(before, index, folds)
     write_json(output / "splits.json", table)
     slices.write_index(output, index)
     return SliceStore(output).index, [*left_out_lines(source), *changed]
 
 
-def _changed_lines(output: Path, index: slices.Entry, folds: int | None) -> list[str]:
-    """How the store differs from one that was there before."""
+def _options_before(output: Path) -> slices.Entry:
+    """How a store that is there already was made, and whether it has folds; empty without one."""
     try:
-        before = SliceStore(output).index
+        index = SliceStore(output).index
     except (ValueError, OSError):
-        return []
-    lines = [
-        f"replaces a store of another {name}: {index[name]} (was {before.get(name)})"
-        for name in ("window", "spacing", "body_crop", "clahe")
-        if index[name] != before.get(name)
-    ]
+        return {}
+    options = {name: index.get(name) for name in ("window", "spacing", "body_crop", "clahe")}
     with suppress(ValueError, OSError):
-        if read_fold(output, 0) and not folds:
-            lines.append("the folds of the store before are gone; --folds writes them")
+        options["folds"] = bool(read_fold(output, 0))
+    return options
+
+
+def _changed_lines(before: slices.Entry, index: slices.Entry, folds: int | None) -> list[str]:
+    """How the store differs from the one that was there, `before`."""
+    lines = [
+        f"replaces a store of another {name}: {index[name]} (was {value})"
+        for name, value in before.items()
+        if name != "folds" and index[name] != value
+    ]
+    if before.get("folds") and not folds:
+        lines.append("the folds of the store before are gone; --folds writes them")
     return lines
 
 

@@ -147,7 +147,12 @@ FAULTS = {  # name: (layout, fault, file that must be named, what must be said)
         LABEL,
         "affines differ",
     ),
-    "label id too high": ("word", entry(LABEL, 17), LABEL, "outside the table of 17 classes: 17"),
+    "label id too high": (
+        "word",
+        entry(LABEL, 17),
+        LABEL,
+        "table of 17 classes .*: 17",
+    ),
     "label id below zero": ("word", entry(LABEL, -1), LABEL, "outside the table.*-1"),
     "label id 255": ("word", entry(LABEL, 255), LABEL, "outside the table.*255"),
     "fractional label": ("word", entry(LABEL, 1.5), LABEL, "not whole numbers: 1.5"),
@@ -188,7 +193,7 @@ FAULTS = {  # name: (layout, fault, file that must be named, what must be said)
         "nnunet",
         entry("labelsTr/case_001.nii.gz", 3),
         "labelsTr/case_001.nii.gz",
-        "table of 3 classes: 3",
+        "table of 3 classes .*: 3",
     ),
     "folder: label without image": (
         "folder",

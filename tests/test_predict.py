@@ -138,7 +138,7 @@ def test_the_json_tells_classes_and_millilitres(tmp_path):
     assert sum(row["voxels"] for row in told["classes"]) == truth().size
     assert told["checkpoint"] == "best.pth"
     assert told["window"] == list(WINDOW)
-    assert (told["orientation"], told["img_size"]) == ("LPS", SIDE)
+    assert (told["orientation"], told["img_size"]) == ("LPS", 3 * SIDE)
     assert str(tmp_path) not in json.dumps(told)
 
 
