@@ -28,7 +28,13 @@ from usam.job import Job, Summary, Watch
 from usam.loaders import evaluation_loader
 from usam.model3d import SamMed3d, build_sam_med3d
 from usam.model_size import count_parameters, multiply_accumulates
-from usam.scan_output import MONTAGE, class_colors, class_volumes, count_voxels, save_montage
+from usam.scan_output import (
+    class_colors,
+    class_volumes,
+    count_voxels,
+    montage_slices,
+    save_montage,
+)
 from usam.windows3d import MAX_WINDOWS, Encoder
 
 Saved = dict[str, Any] | None
@@ -232,13 +238,11 @@ def with_volumes(
 
 
 def draw(path: Path, scan: ScanVolume, label: np.ndarray, rows: list[dict[str, Any]]) -> None:
-    """The axial slices with most of the objects as one PNG, upright, at 1.5 mm."""
+    """Axial slices through the objects as one PNG, upright, at 1.5 mm."""
     slices, labels = (  # RAS (x, y, z) -> rows to posterior, columns to the patient's left
         volume[::-1, ::-1].transpose(2, 1, 0) for volume in (scan.image, label)
     )
-    found = np.count_nonzero(labels, axis=(1, 2))
-    most = np.argsort(-found, kind="stable")[:MONTAGE]
-    numbers = sorted(most[found[most] > 0].tolist()) or [len(labels) // 2]
+    numbers = montage_slices(np.count_nonzero(labels, axis=(1, 2)))
     shown = dict(zip(numbers, apply_window(slices[numbers], "percentile"), strict=True))
     names = {row["label"]: row["name"] for row in rows}
     classes = [names.get(number, "") for number in range(max(names) + 1)]

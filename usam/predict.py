@@ -24,7 +24,7 @@ from tqdm import tqdm
 from usam import scan_output
 from usam.distributed import is_main
 from usam.engine import Precision
-from usam.scan_output import MONTAGE, STEPS, ProbabilityFile
+from usam.scan_output import STEPS, ProbabilityFile
 from usam.scan_prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
 
 BATCHES_AHEAD = 2  # prepared while the device works
@@ -258,14 +258,8 @@ def _write_background(scan: PreparedScan, file: ProbabilityFile, numbers: Sequen
 def _draw(
     path: Path, scan: PreparedScan, labels: np.ndarray, predictor: Predictor, name: str
 ) -> None:
-    """A montage: of each ninth of the slices with foreground, the one with most of it.
-
-    Spread, since neighbours look alike; without any foreground, the slice in the middle.
-    """
-    foreground = np.array([np.count_nonzero(plane) for plane in labels])
-    parts = np.array_split(np.flatnonzero(foreground), MONTAGE)
-    numbers = [int(part[foreground[part].argmax()]) for part in parts if len(part)]
-    numbers = numbers or [len(labels) // 2]
+    """A montage of slices with foreground, as the model saw them."""
+    numbers = scan_output.montage_slices(np.array([np.count_nonzero(plane) for plane in labels]))
     stored = predictor.data["orientation"] == "stored"
     scan_output.save_montage(
         path, numbers, scan.plane, labels, classes=predictor.classes, colors=predictor.colors,

@@ -192,6 +192,16 @@ def class_colors(colors: Sequence[str | None] | None, num_classes: int) -> list[
     return [color or default for color, default in zip(recorded, defaults, strict=False)]
 
 
+def montage_slices(foreground: np.ndarray) -> list[int]:
+    """Of each ninth of the slices with foreground, the one with most of it; else the middle one.
+
+    foreground: voxels a slice, (S,). Spread, since neighbours look alike.
+    """
+    parts = np.array_split(np.flatnonzero(foreground), MONTAGE)
+    numbers = [int(part[foreground[part].argmax()]) for part in parts if len(part)]
+    return numbers or [len(foreground) // 2]
+
+
 def save_montage(
     path: Path,
     numbers: Sequence[int],
