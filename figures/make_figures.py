@@ -69,7 +69,7 @@ def outline(image: np.ndarray, mask: np.ndarray, colors: list[str]) -> np.ndarra
 
 
 def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
-    """Test slices of different cases: image, truth and the prediction without prompts."""
+    """Test slices of different cases: image, and around the rectum truth and prediction."""
     saved = weights.read_checkpoint(resume)
     size, classes = saved["data"]["img_size"], saved["data"]["classes"]
     data = build_dataset("phantom", "test", data_root=data_root, img_size=size)
@@ -85,11 +85,21 @@ def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
     for column, (batch, mask, _, logits) in enumerate(shown):
         image = batch["image"][0, 0].numpy()
         axes[0, column].imshow(image, cmap="gray")
+        near = around(mask[0].numpy())
         for row, labels in ((1, mask[0]), (2, logits[0].argmax(dim=0))):
-            axes[row, column].imshow(blend(image, labels.numpy(), data.info["colors"]))
-    for row, name in enumerate(("image", "truth", "prediction")):
+            tinted = blend(image, labels.numpy(), data.info["colors"])
+            axes[row, column].imshow(tinted[near])
+    for row, name in enumerate(("image", "truth, enlarged", "prediction, enlarged")):
         axes[row, 0].set_title(name, loc="left", fontsize=10)
     finish(figure, axes, data.classes, data.info["colors"], path)
+
+
+def around(mask: np.ndarray, share: float = 0.4) -> tuple[slice, slice]:
+    """The square of `share` of a slice's side whose centre is that of the mask's foreground."""
+    side = round(share * len(mask))
+    corners = [int(axis.mean()) - side // 2 for axis in np.nonzero(mask)]
+    row, column = (min(max(corner, 0), len(mask) - side) for corner in corners)
+    return slice(row, row + side), slice(column, column + side)
 
 
 def draw_volumes(path: Path, resume: Path, case: int = 0) -> None:
