@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from dataset import SliceDataset
-from usam import distributed, engine, manifest, report, weights
+from usam import distributed, engine, report, weights
 from usam.average import averaged
 from usam.case_evaluation import evaluate_cases
 from usam.case_report import CaseReport, aligned, write_report
@@ -26,7 +26,7 @@ from usam.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
 from usam.scan_output import class_colors
 
 NUM_OVERLAYS = 8
-PREPARED = ("classes", "window", "orientation", "spacing", "clahe", "crop", "body_crop")
+COMPARED = ("classes", "window", "orientation", "spacing", "clahe", "crop", "body_crop")
 
 
 def answering_model(
@@ -104,13 +104,16 @@ def evaluate(
 def warn_of_preparation(args: Namespace, saved: dict[str, Any], data: SliceDataset) -> None:
     """Say where `data` is not prepared as the slices that `--resume` was trained on.
 
-    What a checkpoint does not tell, as the published ones' window and class names, is passed over.
+    What a checkpoint does not tell is passed over, as the published ones' window and class names.
     """
-    told = {name: saved["data"].get(name) for name in PREPARED}
-    if weights.points_are_row_col(saved):
-        told["classes"] = None
-    before = {name: value for name, value in told.items() if value is not None}
-    if found := manifest.changes(before, data.info):
+    published = weights.points_are_row_col(saved)
+    told = COMPARED if not published else ("orientation", "clahe")
+    found = [
+        f"{name} {data.info[name]} (was {before})"
+        for name in told
+        if name in saved["data"] and data.info[name] != (before := saved["data"][name])
+    ]
+    if found:
         say(f"warning: {args.resume} was trained on slices prepared otherwise: {'; '.join(found)}")
 
 

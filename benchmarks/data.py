@@ -10,12 +10,15 @@ with workers, a cold and a warm start, and 33,000 slices at 512 x 512 as an inde
 from __future__ import annotations
 
 import argparse
+import os
+import pty
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -33,7 +36,7 @@ from dataset.transforms import augment
 
 SIZE = 224
 BATCH = 24
-FIRST_STEP = r"\b1/\d+ \["  # the progress bar, one step done
+FIRST_STEP = r"epoch 0:[^\r\n]*\b1/\d+ \["  # the progress bar, one step done
 CPU = torch.device("cpu")
 COLORS = [{"id": i, "name": name, "color": "#000000"} for i, name in enumerate(("air", "a", "b"))]
 
@@ -192,16 +195,17 @@ def seconds_to(flags: list[str], sign: str, folder: str) -> float:
     command = [sys.executable, "u-sam.py", *flags]
     if "--epochs" in flags:
         command += ["--output_dir", f"{folder}/run"]
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        seen = ""
-        while piece := process.stdout.read1(256):
-            seen += piece.decode(errors="replace")
-            if re.search(sign, seen):
-                break
+    start, seen = time.perf_counter(), ""
+    ours, theirs = pty.openpty()  # bars move on a terminal only
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        with suppress(OSError):  # the terminal's end
+            while not re.search(sign, seen):
+                seen += os.read(ours, 256).decode(errors="replace")
         took = time.perf_counter() - start
         process.terminate()
-    if "error" in seen:
+        os.close(ours)
+    if not re.search(sign, seen):
         raise RuntimeError(seen[-500:])
     return took
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- table: written by benchmarks/evidence.py -->", "<!-- end of table -->"
+COMMANDS = "commands.json"
 STAND_INS = ("phantom", "anatomy")
 INPUTS, RECIPES, SEEDS = ("2d", "2.5d"), ("published", "strong"), (11, 12, 13)
 TEST_FRACTION = "0.28"  # of the anatomy's cases: 5 of 18
@@ -72,17 +72,35 @@ def commands(setting: Setting, output: Path) -> list[list[str]]:
     ]
 
 
+def told(setting: Setting) -> str:
+    """What a setting's folder keeps of its commands, wherever the folder is."""
+    return json.dumps(commands(setting, Path()))
+
+
+def by_these_commands(setting: Setting, output: Path) -> bool:
+    """Whether a setting's folder was made by the commands of today."""
+    kept = setting.folder(output) / COMMANDS
+    return kept.is_file() and kept.read_text(encoding="utf-8") == told(setting)
+
+
+def is_done(setting: Setting, output: Path) -> bool:
+    """Whether a setting was trained and evaluated by the commands of today."""
+    metrics = setting.folder(output) / "metrics.json"
+    return metrics.is_file() and by_these_commands(setting, output)
+
+
 def run(setting: Setting, output: Path, device: str, threads: int) -> None:
     """Train and evaluate a setting unless it is done; raises RuntimeError if one of them fails."""
     folder = setting.folder(output)
-    told, wanted = folder / "commands.json", json.dumps(commands(setting, output))
-    if told.is_file() and told.read_text(encoding="utf-8") == wanted:
-        if (folder / "metrics.json").is_file():
-            return
-    elif folder.exists():
-        shutil.rmtree(folder)  # of other settings
+    if is_done(setting, output):
+        return
+    if folder.exists() and not by_these_commands(setting, output):
+        others = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+        aside = next(other for other in others if not other.exists())
+        folder.rename(aside)
+        print(f"{folder.name}: was made by other commands, now {aside.name}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    told.write_text(wanted, encoding="utf-8")
+    (folder / COMMANDS).write_text(told(setting), encoding="utf-8")
     variables = os.environ | {"OMP_NUM_THREADS": str(threads)}
     for words in commands(setting, output):
         with (folder / "output.txt").open("a", encoding="utf-8") as log:
@@ -121,10 +139,10 @@ def read_scores(folder: Path) -> dict:
 
 def scores_of(output: Path, stand_in: str, input_mode: str, recipe: str) -> Scores | None:
     """The scores of a setting; None unless all its seeds are there."""
-    folders = [Setting(stand_in, input_mode, recipe, seed).folder(output) for seed in SEEDS]
-    if not all((folder / "metrics.json").is_file() for folder in folders):
+    runs = [Setting(stand_in, input_mode, recipe, seed) for seed in SEEDS]
+    if not all(is_done(setting, output) for setting in runs):
         return None
-    found = [read_scores(folder) for folder in folders]
+    found = [read_scores(setting.folder(output)) for setting in runs]
     by_class = {name: [run["dice"][name] for run in found] for name in list(found[0]["dice"])[1:]}
     return Scores(by_class, [run["mean_dice"] for run in found])
 

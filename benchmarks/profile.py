@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness
@@ -24,6 +25,7 @@ from usam.model import build_usam
 
 PRODUCTS = ("mm", "attention", "conv", "cutlass", "nvjet", "flash", "wgrad", "dgrad", "fprop")
 ROWS = 20
+WHAT, DTYPES = ("training", "evaluation"), ("float32", "bfloat16")
 
 
 def profiled(work: harness.Work, device: torch.device) -> profile:
@@ -42,13 +44,14 @@ def shares(profiler: profile, kind: str, rows: int) -> str:
     found = [
         (event.key, getattr(event, f"self_{kind}_time_total"), event.count)
         for event in profiler.key_averages()
-    ]
+        if kind == "cpu" or event.device_type != DeviceType.CPU and not event.is_user_annotation
+    ]  # an operation's device time is that of its kernels, which are listed, too
     found = sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
     whole = sum(spent for _, spent, _ in found)
     products = sum(spent for name, spent, _ in found if any(part in name for part in PRODUCTS))
     lines = ["| operation | ms | share | calls |", "| --- | --- | --- | --- |"]
     for name, spent, calls in found[:rows]:
-        lines.append(f"| {name[:60]} | {spent / 1e3:.1f} | {100 * spent / whole:.1f} % | {calls} |")
+        lines.append(f"| {name[:60]} | {spent / 1e3:.2f} | {100 * spent / whole:.1f} % | {calls} |")
     lines.append(f"| **products and convolutions** | {products / 1e3:.1f} | "
                  f"{100 * products / whole:.1f} % | |")  # fmt: skip
     return "\n".join([*lines, f"| **all** | {whole / 1e3:.1f} | 100 % | |"])
@@ -59,8 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sam_model", default="vit_b")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--what", nargs="+", default=["training", "evaluation"])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rows", type=int, default=ROWS, help="of each table")
     parser.add_argument("--trace", type=Path, help="write a trace for a viewer there")
     options = parser.parse_args()

@@ -31,8 +31,8 @@ __all__ = [
 
 
 SPLIT_HINT = {
-    "train": "it has no training cases",
-    "test": "prepare it with --test_fraction 0.2, or with --folds 5 and evaluate with --fold 0",
+    "train": "it has no training cases, or --empty leaves out all their slices",
+    "test": "stores prepared with --test_fraction 0.2 have some; with --folds, use --fold 0",
 }
 
 

@@ -77,7 +77,9 @@ def _missing_lines(index: dict[str, Any]) -> list[str]:
     """What a newcomer would stumble over later: nobody to test on, classes that nobody has."""
     cases, lines = index["cases"], []
     if not any(case["split"] == "test" for case in cases):
-        lines.append("no test cases: --eval needs some (--test_fraction 0.2), or --folds 5")
+        lines.append(
+            "no test cases: --eval needs some (--test_fraction 0.2), or a fold to validate"
+        )
     totals = np.sum([np.sum(case["pixels"], axis=0) for case in cases], axis=0)
     if absent := [row["name"] for row in index["classes"] if not totals[row["id"]]]:
         lines.append(f"classes without a voxel: {', '.join(absent)}")

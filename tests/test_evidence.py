@@ -22,6 +22,7 @@ def write_run(output: Path, setting: Setting, dice: dict[str, float]) -> Path:
     folder.mkdir(parents=True)
     scores = {"background": 0.99, **dice}
     mean = sum(dice.values()) / len(dice)
+    (folder / "commands.json").write_text(evidence.told(setting), encoding="utf-8")
     (folder / "metrics.json").write_text(
         json.dumps({"dice": scores, "mean_dice": mean}), encoding="utf-8"
     )
@@ -85,13 +86,14 @@ def test_a_finished_run_is_not_run_again_unless_by_other_commands(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     setting = Setting("phantom", "2d", "strong", SEEDS[0])
-    told = setting.folder(output) / "commands.json"
-    told.write_text(json.dumps(evidence.commands(setting, output)), encoding="utf-8")
     evidence.run(setting, output, "cpu", 1)
     monkeypatch.setattr(evidence, "COMMON", (*evidence.COMMON, "--warmup"))
     with pytest.raises(OSError, match="nowhere"):
         evidence.run(setting, output, "cpu", 1)
-    assert not (setting.folder(output) / "metrics.json").exists()  # of the other commands
+    folder = setting.folder(output)
+    assert not (folder / "metrics.json").exists()
+    assert (folder.with_name(f"{folder.name}.1") / "metrics.json").exists()
+    assert evidence.scores_of(output, "phantom", "2d", "strong") is None
 
 
 def test_without_label_maps_only_the_phantom_is_run(

@@ -19,7 +19,7 @@ from tests.command import (
     SCRIPT,
 )
 from tests.conftest import ROOT
-from usam import flags
+from usam import flag_groups, flags
 
 PUBLISHED_FLAGS = {
     "--prompt_mode", "--warmup", "--lr", "--lr_vit", "--lr_backbone", "--batch_size",
@@ -86,6 +86,10 @@ def test_flags_of_the_other_model_are_refused(given: list[str]) -> None:
     args = flags.parse_flags([*DATASETS, "phantom3d"], ["--model", "sam-med3d", *given])
     with pytest.raises(ValueError, match=f"{given[0]} is not for --model sam-med3d"):
         flags.settle(args, None)
+
+
+def test_every_model_has_its_defaults() -> None:
+    assert tuple(flags.DEFAULTS) == flag_groups.MODELS
 
 
 def test_defaults_are_the_published_ones() -> None:

@@ -254,13 +254,14 @@ def wait_for_lines(folder: Path, number: int, process: subprocess.Popen) -> None
     assert process.poll() is None, process.communicate()[0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])  # a scheduler's, Ctrl-C
 def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
-    flags: Flags, whole: Path, tmp_path: Path, capsys: Any
+    flags: Flags, whole: Path, tmp_path: Path, capsys: Any, number: int
 ) -> None:
     folder = tmp_path / "run"
     process = launched(*flags(folder), "--num_workers", "2")
     wait_for_lines(folder, 1, process)
-    os.killpg(process.pid, signal.SIGTERM)  # its loaders' workers, too
+    os.killpg(process.pid, number)  # its loaders' workers, too
     out = process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED, out
     assert "stopped as asked" in out
@@ -268,6 +269,17 @@ def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
     assert_same_run(folder, whole)
     starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
     assert [start["resumed"] for start in starts] == [None, str(folder / "last.pth")]
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(flags: Flags, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = launched(*flags(folder), "--epochs", "1000")
+    wait_for_lines(folder, 1, process)
+    process.send_signal(signal.SIGINT)
+    process.stdout.close()  # as of `| tee log`
+    assert process.wait(timeout=120) == STOPPED
+    saved = torch.load(folder / "last.pth", weights_only=True)
+    assert 1 <= saved["progress"]["epoch"] < 1000
 
 
 def pids_of_ranks(launcher: int) -> dict[str, int]:

@@ -352,7 +352,7 @@ def test_a_store_that_is_made_otherwise_says_so_and_what_it_lacks(tmp_path, caps
     assert "no test cases: --eval needs some" in told
     assert "classes without a voxel: spleen" in told
     assert "replaces" not in told
-    with pytest.raises(FileNotFoundError, match=r"no test slices in .*; prepare it with --test_fr"):
+    with pytest.raises(FileNotFoundError, match="no test slices in .* --test_fraction"):
         build_dataset("store", "test", data_root=out)
     prepare("folder", images, out, *labels, "--window", "bone")
     told = capsys.readouterr().out

@@ -126,7 +126,7 @@ def careless_reader(how: str) -> Callable[[Path], Any]:
             "code": lambda: pickle.load(io.BytesIO(content)),
             "memory": lambda: bytearray(2 << 30),
             "hang": lambda: [None for _ in iter(int, 1)],
-            "crash": lambda: faulthandler.disable() or os.kill(os.getpid(), signal.SIGSEGV),
+            "crash": lambda: (faulthandler.disable(), os.kill(os.getpid(), signal.SIGSEGV)),
         }[how]()
 
     return read

@@ -165,5 +165,5 @@ def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     flag("--init_mask", type=Path, metavar="PATH",
         help="sam-med3d: a label map of the scan to refine")  # fmt: skip
     flag("--probabilities", action="store_true", help="also a 4D NIfTI of class probabilities")
-    flag("--overlay", action="store_true", help="also a PNG of the slices with most foreground")
+    flag("--overlay", action="store_true", help="also a PNG of slices spread over the foreground")
     flag("--largest_component", action="store_true", help="keep the largest piece of each class")

@@ -114,7 +114,7 @@ def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> 
 
 
 def check_validation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where who validates or the image's side is not to be had."""
+    """Exits with one line where --val_fraction, --fold or --img_size are out of the question."""
     if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
         parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
     if args.val_fraction is not None and args.fold is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from usam.peers import end
 STOPPED = 75  # exit code of a run that saved itself and may go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 AGAIN = b"\nstopping after this step, all saved; Ctrl-C again ends at once, unsaved\n"
+GONE_AFTER = 0.2  # seconds, what Ctrl-C ends beside this process
 SECONDS = 0.5  # between two exchanges of the flag, where steps are shorter
 MAX_CALLS = 16  # between two exchanges, should steps suddenly take longer
 
@@ -41,7 +43,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.agreed = False
-        self._noted = self._watched = False
+        self._noted = self._interrupted = self._watched = False
         self._group: Any = None
         self._calls, self._calls_wanted, self._since = 0, 1, 0.0
         self._before: dict[int, Any] = {}
@@ -58,11 +60,13 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._watched and world_size() == 1:
-            if self._noted:
-                raise KeyboardInterrupt
-            os.write(2, AGAIN)  # print may be what was interrupted
         self._noted = True
+        if number == signal.SIGINT and self._watched and world_size() == 1:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            leave_dead_pipes()
+            os.write(2, AGAIN)  # print may be what was interrupted
         if not self._watched:
             name = signal.Signals(number).name
             print(f"stopped by {name} before training began: nothing to save", flush=True)
@@ -102,6 +106,21 @@ class StopRequest:
         """Return when every process has come here: none may leave while one still saves."""
         if self._group is not None:
             dist.barrier(self._group)
+
+
+def leave_dead_pipes() -> None:
+    """Send output nowhere that goes to a process that is gone, as `| tee log` is after Ctrl-C.
+
+    Writing to it would be an error, in the midst of saving.
+    """
+    time.sleep(GONE_AFTER)
+    for number in (1, 2):
+        pipe = select.poll()
+        pipe.register(number, 0)
+        if any(event & select.POLLERR for _, event in pipe.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 class Watched:

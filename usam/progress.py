@@ -24,5 +24,6 @@ def progress_bar(*items: Any, **how: Any) -> tqdm:
     """tqdm's bar over `items`, gone when it is done; `how` as tqdm's own."""
     often = 0.1 if is_terminal() else LOG_SECONDS
     return tqdm(
-        *items, disable=not is_main(), leave=False, dynamic_ncols=True, mininterval=often, **how
-    )
+        *items, disable=not is_main(), leave=False, dynamic_ncols=True, mininterval=often,
+        maxinterval=max(10, often), **how,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from usam.losses import balanced_weights, segmentation_loss
 
 # What --recipe stands for; flags that are given win. `published` is the published training,
-# `strong` what helped on both stand-ins of docs/evidence.md.
+# `strong` what validation cases of two stand-ins chose, see docs/evidence.md.
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "augment": "published",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 SKIP_WIDTHS = (32, 64, 128, 256)  # channels at 1/1, 1/2, 1/4, 1/8
 
@@ -16,15 +15,15 @@ SKIP_WIDTHS = (32, 64, 128, 256)  # channels at 1/1, 1/2, 1/4, 1/8
 def conv_norm_relu(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Convolution, BatchNorm and ReLU, the image read and written once where nothing is trained.
 
-    The fixed scale and shift of BatchNorm then go into the convolution's small weights.
+    The fixed scale and shift of BatchNorm then go into the convolution's small weights (torch's
+    fuse_conv_bn_weights makes Parameters, which would break the graph of torch.compile).
     """
     if norm.training or torch.is_grad_enabled():
         return norm(conv(x)).relu()
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
-        norm.bias,
-    )  # fmt: skip
-    return F.conv2d(x, weight, bias, padding=conv.padding).relu_()
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight = conv.weight * scale[:, None, None, None]
+    bias = (conv.bias - norm.running_mean) * scale + norm.bias
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups).relu_()
 
 
 class ConvNormReLU(nn.Module):
