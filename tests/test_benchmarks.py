@@ -26,7 +26,7 @@ def table(name: str, *flags: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("name", "ratio"),
-    [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3), ("profile", 3)],
+    [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3), ("profile", 1)],
 )
 def test_a_quick_run_measures_every_row(name: str, ratio: int) -> None:
     rows = table(name, "--quick", "--device", "cpu")
