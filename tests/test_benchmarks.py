@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from tests.command import environment
 from tests.conftest import ROOT
 
 
-def table(name: str, *flags: str) -> list[list[str]]:
-    """The rows that a benchmark prints, cell by cell, without their heads."""
+def measured(name: str, *flags: str) -> str:
+    """What a benchmark prints."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--threads", "1", *flags]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return done.stdout
+
+
+def table(printed: str) -> list[list[str]]:
+    """The rows of what was printed, cell by cell, without their heads."""
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     heads = {number - 1 for number, row in enumerate(rows) if set(row[0]) == {"-"}}
     return [r for n, r in enumerate(rows) if n not in heads and n - 1 not in heads]
@@ -29,14 +37,20 @@ def table(name: str, *flags: str) -> list[list[str]]:
     [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3), ("profile", 1)],
 )
 def test_a_quick_run_measures_every_row(name: str, ratio: int) -> None:
-    rows = table(name, "--quick", "--device", "cpu")
+    rows = table(measured(name, "--quick", "--device", "cpu"))
     assert rows
     for row in rows:
         assert float(row[ratio].split()[0]) > 0, row
 
 
 @pytest.mark.parametrize("name", ["train_step", "evaluate", "end_to_end", "data", "train_step3d"])
-def test_rows_of_a_gpu_that_is_not_there_are_unmeasured(name: str) -> None:
-    rows = table(name, "--unmeasured", "--device", "cuda")
+def test_rows_of_a_gpu_that_is_not_there_are_unmeasured(
+    name: str, capsys: Any, monkeypatch: Any
+) -> None:
+    threads = str(torch.get_num_threads())
+    flags = ["--threads", threads, "--unmeasured", "--device", "cuda"]
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    importlib.import_module(f"benchmarks.{name}").main()
+    rows = table(capsys.readouterr().out)
     assert rows
     assert all(row[1:4] == ["unmeasured"] * 3 for row in rows)

@@ -315,18 +315,18 @@ def test_of_two_processes_either_one_or_the_launcher_stops_both(
     assert process.wait(timeout=300) == 0
     processes = started_by_srun(*flags(folder), "--epochs", "5")
     wait_for_lines(folder, 1, processes[0])
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGUSR1)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [STOPPED, STOPPED], outputs
-    for lines, target in ((2, "1"), (3, "launcher")):
-        process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
-        wait_for_lines(folder, lines, process)
-        pid = process.pid if target == "launcher" else pids_of_ranks(process.pid)[target]
-        os.kill(pid, signal.SIGTERM if target == "launcher" else signal.SIGUSR1)
-        out = process.communicate(timeout=120)[0]
-        assert process.returncode != 0
-        assert out.count("stopped as asked") == 1, out
-        assert not pids_of_ranks(process.pid)
+    process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
+    wait_for_lines(folder, 3, process)
+    ranks = pids_of_ranks(process.pid)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert out.count("stopped as asked") == 1, out
+    assert len(ranks) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
     assert process.wait(timeout=300) == 0
     assert_same_run(folder, wanted)

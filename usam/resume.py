@@ -42,8 +42,14 @@ def choose(
                 "give one of them"
             )
         return resume, saved
-    last = folder / "last.pth"
-    number = from_main(lambda: newest_sound(last))
+    last, saved = folder / "last.pth", None
+
+    def ask() -> int:
+        nonlocal saved
+        number, saved = newest_sound(last)
+        return number
+
+    number = from_main(ask)
     if number == NONE:
         say(f"--resume auto: no checkpoint in {folder}, so this is a fresh start")
         return None, None
@@ -51,19 +57,20 @@ def choose(
         raise ValueError(f"--resume auto: every last*.pth in {folder} is damaged; see above")
     path = predecessor(last, number) if number else last
     say(f"--resume auto: goes on from {path}")
-    return path, read_checkpoint(path)
+    return path, saved or read_checkpoint(path)
 
 
-def newest_sound(last: Path) -> int:
-    """0 if `last` is sound, else the number of its newest sound predecessor, NONE, ALL_DAMAGED.
+def newest_sound(last: Path) -> tuple[int, dict[str, Any] | None]:
+    """0 if `last` is sound, else the number of its newest sound predecessor, and what it holds.
 
-    Raises ValueError or OSError where a file could not be read, which says nothing of the file.
+    NONE or ALL_DAMAGED, and None, where there is none. Raises ValueError or OSError where a file
+    could not be read, which says nothing of the file.
     """
     found = [path for path in (last, *predecessors(last)) if path.exists()]
     damaged = []
     for path in found:
         try:
-            read_checkpoint(path)
+            saved = read_checkpoint(path)
         except ValueError as error:
             if isinstance(error.__cause__, OSError | MemoryError):
                 raise  # the disk's or the machine's fault: the file may be sound
@@ -73,8 +80,8 @@ def newest_sound(last: Path) -> int:
         for other in damaged:  # or the next save would make it a predecessor
             with contextlib.suppress(OSError):
                 other.rename(other.with_name(f"{other.name}.damaged"))
-        return checkpoint.number_of(last, path)
-    return ALL_DAMAGED if found else NONE
+        return checkpoint.number_of(last, path), saved
+    return (ALL_DAMAGED if found else NONE), None
 
 
 def best_so_far(best: Mapping[str, Any], resumed_from: Path | None, folder: Path) -> dict[str, Any]:
