@@ -13,6 +13,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
+from usam.full_precision import full_precision
 from usam.sam_vit import PATCH, PROMPT_WIDTH
 from usam.unet_path import UpBlock, conv_norm_relu
 
@@ -41,7 +42,7 @@ class PromptEncoder(SamPromptEncoder):
         points: coordinates (N, P, 2) pixels (x, y) and labels (N, P): 1 object, 0 background,
         -1 not a point. boxes (N, 4) pixels (x1, y1, x2, y2). Without prompts N is 1, n is 0.
         """
-        with torch.autocast(self.no_mask_embed.weight.device.type, enabled=False):
+        with full_precision(self.no_mask_embed.weight.device):
             sparse, dense = super().forward(points, boxes, masks=None)
             # Embeddings a prompt mode leaves unused still get a (zero) gradient, so that
             # DistributedDataParallel waits for the same set of parameters in every mode.

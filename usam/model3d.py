@@ -14,6 +14,7 @@ from segment_anything.modeling import TwoWayTransformer
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
+from usam.full_precision import full_precision
 from usam.prompts import next_clicks
 from usam.two_way import meet_at_positions
 from usam.vit3d import BIAS_RULES, ImageEncoder3d, LayerNorm3d
@@ -57,7 +58,7 @@ class FourierEncoding(nn.Module):
     def forward(self, position: Tensor) -> Tensor:
         """position (..., 3) in [0, 1] -> (..., dim), float32 also under autocast."""
         matrix = self.positional_encoding_gaussian_matrix
-        with torch.autocast(matrix.device.type, enabled=False):
+        with full_precision(matrix.device):
             phase = 2 * math.pi * ((2 * position.to(matrix.dtype) - 1) @ matrix)
             return torch.cat([phase.sin(), phase.cos(), phase.sin()], dim=-1)
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,13 +31,12 @@ def multiply_accumulates(model: nn.Module, *shape: int) -> int:
     Products and convolutions are counted, on tensors without values: nothing is computed and the
     model stays as it is. Half of what is called FLOPs; the papers' "GFLOPs" are these.
     """
-    fake, device = FakeTensorMode(), next(model.parameters()).device
     state = {
-        name: fake.from_tensor(tensor.detach())
+        name: torch.empty_like(tensor, device="meta")
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     }
     was_training = model.training
-    with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(model.eval(), state, (torch.empty(shape, device=device),))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(model.eval(), state, (torch.empty(shape, device="meta"),))
     model.train(was_training)
     return counter.get_total_flops() // 2

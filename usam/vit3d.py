@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from segment_anything.modeling.common import MLPBlock
 from torch import Tensor, nn
 
+from usam.full_precision import full_precision
+
 LOGITS_PER_PASS = 2**20  # queries x keys of one head; beyond it queries go slab by slab
 
 
@@ -166,7 +168,7 @@ def position_bias(
     """
     terms_of, bias_of = BIAS_RULES[mode]
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         terms = terms_of(q.to(wide), bias_q.to(wide), [table.to(wide) for table in tables])
         bias, padded = bias_of(terms, extent)
         bias = bias.flatten(-3).flatten(2, 4)
