@@ -31,7 +31,7 @@ class Toy(nn.Module):
     def forward(
         self, image: Tensor, points: tuple[Tensor, Tensor] | None = None, boxes: Any = None
     ) -> Tensor:
-        given = torch.zeros(len(image), 4) if boxes is None else boxes / SIDE
+        given = image.new_zeros(len(image), 4) if boxes is None else boxes / SIDE
         if points is not None:
             given = given + points[0].mean(dim=1).repeat(1, 2) / SIDE
         logits = self.outer(self.norm(self.inner(image)).relu())
