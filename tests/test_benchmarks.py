@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.command import environment
 from tests.conftest import ROOT
 
+Printed = Callable[..., str]
 
-def measured(name: str, *flags: str) -> str:
-    """What a benchmark prints."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--threads", "1", *flags]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+@pytest.fixture
+def printed(capsys: Any, monkeypatch: Any) -> Printed:
+    """What `python -m benchmarks.NAME FLAGS` prints, run here; its own processes are real."""
+
+    def run(name: str, *flags: str) -> str:
+        threads = ("--threads", str(torch.get_num_threads()))
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [name, *threads, *flags])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return capsys.readouterr().out
+
+    return run
 
 
 def table(printed: str) -> list[list[str]]:
@@ -36,21 +41,15 @@ def table(printed: str) -> list[list[str]]:
     ("name", "ratio"),
     [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3), ("profile", 1)],
 )
-def test_a_quick_run_measures_every_row(name: str, ratio: int) -> None:
-    rows = table(measured(name, "--quick", "--device", "cpu"))
+def test_a_quick_run_measures_every_row(name: str, ratio: int, printed: Printed) -> None:
+    rows = table(printed(name, "--quick", "--device", "cpu"))
     assert rows
     for row in rows:
         assert float(row[ratio].split()[0]) > 0, row
 
 
 @pytest.mark.parametrize("name", ["train_step", "evaluate", "end_to_end", "data", "train_step3d"])
-def test_rows_of_a_gpu_that_is_not_there_are_unmeasured(
-    name: str, capsys: Any, monkeypatch: Any
-) -> None:
-    threads = str(torch.get_num_threads())
-    flags = ["--threads", threads, "--unmeasured", "--device", "cuda"]
-    monkeypatch.setattr(sys, "argv", [name, *flags])
-    importlib.import_module(f"benchmarks.{name}").main()
-    rows = table(capsys.readouterr().out)
+def test_rows_of_a_gpu_that_is_not_there_are_unmeasured(name: str, printed: Printed) -> None:
+    rows = table(printed(name, "--unmeasured", "--device", "cuda"))
     assert rows
     assert all(row[1:4] == ["unmeasured"] * 3 for row in rows)

@@ -75,15 +75,13 @@ def launched(
     )  # fmt: skip
 
 
-def stopping(
-    patch: pytest.MonkeyPatch, owner: Any, name: str, call: int, number: int = signal.SIGTERM
-) -> None:
-    """Make the call numbered `call`, from 1, of a function send this process a signal, twice."""
+def stopping(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Make the call numbered `call`, from 1, of a function send this process two signals."""
     real, calls = getattr(owner, name), iter(range(1, 10**6))
 
     def signalled(*given: Any, **named: Any) -> Any:
         if next(calls) == call:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(*given, **named)
 
@@ -99,16 +97,13 @@ def stopped_run(capsys: Any, flags: list[str], owner: Any, name: str, **how: Any
 # ---------------------------------------------------------------------- in one process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_stopped_before_each_validation_ends_as_the_uninterrupted_one(
-    flags: Flags, whole: Path, tmp_path: Path, capsys: Any, number: int
+    flags: Flags, whole: Path, tmp_path: Path, capsys: Any
 ) -> None:
     folder, where = tmp_path / "run", []
     result = Result(STOPPED, "", "")
     while result.code == STOPPED:
-        result = stopped_run(
-            capsys, flags(folder), engine, "_optimizer_step", call=2, number=number
-        )
+        result = stopped_run(capsys, flags(folder), engine, "_optimizer_step", call=2)
         saved = torch.load(folder / "last.pth", weights_only=True)
         where.append((saved["progress"]["epoch"], saved["progress"]["step"], result.code))
     # The step that the signal comes in is finished: of two steps an epoch, the second of each run.
@@ -254,14 +249,13 @@ def wait_for_lines(folder: Path, number: int, process: subprocess.Popen) -> None
     assert process.poll() is None, process.communicate()[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])  # a scheduler's, Ctrl-C
 def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
-    flags: Flags, whole: Path, tmp_path: Path, capsys: Any, number: int
+    flags: Flags, whole: Path, tmp_path: Path, capsys: Any
 ) -> None:
     folder = tmp_path / "run"
     process = launched(*flags(folder), "--num_workers", "2")
     wait_for_lines(folder, 1, process)
-    os.killpg(process.pid, number)  # its loaders' workers, too
+    os.killpg(process.pid, signal.SIGTERM)  # its loaders' workers, too
     out = process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED, out
     assert "stopped as asked" in out
@@ -273,9 +267,9 @@ def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
 
 def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(flags: Flags, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = launched(*flags(folder), "--epochs", "1000")
+    process = launched(*flags(folder), "--epochs", "1000", "--num_workers", "2")
     wait_for_lines(folder, 1, process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     process.stdout.close()  # as of `| tee log`
     assert process.wait(timeout=120) == STOPPED
     saved = torch.load(folder / "last.pth", weights_only=True)
