@@ -100,7 +100,6 @@ class Run:
             engine.train_one_epoch, distributed.wrap(job.model, precision.device), self.loader,
             optimizer, step=job.step, recipe=recipe_of(args, job), precision=precision,
             scaler=scaler, progress=self.progress, average=self.average,
-            after_step=self._after_step,
         )  # fmt: skip
         self._steps, self._started = 0, time.perf_counter()
 
@@ -140,7 +139,7 @@ class Run:
             return
         epoch, batches = self.progress.epoch, self.loader.batch_sampler
         batches.epoch, batches.first_step = epoch, self.progress.step
-        figures = self._one_epoch(begun=self.begun)
+        figures = self._one_epoch(begun=self.begun, after_step=self._after_step)
         if figures is None:
             self.leave()
         self.begun = None

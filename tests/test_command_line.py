@@ -6,6 +6,7 @@ Checks run in this process where that is the same; kills and launches are real p
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import runpy
 import shutil
@@ -78,6 +79,7 @@ def test_a_run_resumed_after_any_epoch_equals_the_uninterrupted_one(
         "--output_dir", again, "--resume", again / "last.pth",
     )  # fmt: skip
     assert result.code == 0, result.err
+    assert not multiprocessing.active_children()  # workers end with the training
     assert_same_run(again, trained)
 
 
