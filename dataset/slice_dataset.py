@@ -197,7 +197,8 @@ class SliceDataset(Dataset):
         pixels = [self.store.cases[case]["pixels"][k] for case, k in self.slices]
         shown = [sum(count > 0 for count in counts[1:]) for counts in pixels]
         richest = [index for index, classes in enumerate(shown) if classes == max(shown)]
-        return [richest[len(richest) * i // number] for i in range(min(number, len(richest)))]
+        number = min(number, len(richest))
+        return [richest[len(richest) * i // number] for i in range(number)]
 
     def __len__(self) -> int:
         return len(self.slices)

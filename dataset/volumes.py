@@ -183,7 +183,8 @@ class VolumeDataset(Dataset):
     def showcase(self, number: int) -> list[int]:
         """Up to `number` indices for pictures, spread evenly."""
         total = len(self.objects)
-        return [total * i // number for i in range(number)] if total > number else [*range(total)]
+        number = min(number, total)
+        return [total * i // number for i in range(number)]
 
     def __len__(self) -> int:
         return len(self.objects)

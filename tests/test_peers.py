@@ -60,7 +60,7 @@ def alive(session: int) -> list[str]:
     [
         "error to_device 1 -",
         "defect _optimizer_step 1 busy",  # one that waits for nobody: no collective fails there
-        "kill _optimizer_step 0 busy",
+        "kill predictions 1 busy",
         "kill save 0 -",
     ],
 )

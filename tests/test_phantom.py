@@ -1,6 +1,7 @@
 """The phantom draws the same bytes from a seed, looks like the data it stands for, and is hard.
 
-Two tests print how far simple means get: thresholds, and twenty steps of training.
+Two tests measure how far simple means get, thresholds and twenty steps of training, and print it
+where pytest runs without -n.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
     folder = tmp_path / "run"
     process = launched(*flags(folder), "--num_workers", "2")
     wait_for_lines(folder, 1, process)
-    os.killpg(process.pid, signal.SIGTERM)  # its loaders' workers, too
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its loaders' workers, too
     out = process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED, out
     assert "stopped as asked" in out
@@ -267,9 +267,9 @@ def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
 
 def test_ctrl_c_that_also_ends_the_reader_of_the_output_saves(flags: Flags, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = launched(*flags(folder), "--epochs", "1000", "--num_workers", "2")
+    process = launched(*flags(folder), "--epochs", "1000")
     wait_for_lines(folder, 1, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.send_signal(signal.SIGINT)
     process.stdout.close()  # as of `| tee log`
     assert process.wait(timeout=120) == STOPPED
     saved = torch.load(folder / "last.pth", weights_only=True)
@@ -305,22 +305,22 @@ def test_of_two_processes_either_one_or_the_launcher_stops_both(
 ) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     wanted, folder = tmp_path / "whole", tmp_path / "run"
-    process = launched(*flags(wanted), "--epochs", "5", launcher=launcher)
-    assert process.wait(timeout=300) == 0
-    processes = started_by_srun(*flags(folder), "--epochs", "5")
-    wait_for_lines(folder, 1, processes[0])
-    processes[1].send_signal(signal.SIGUSR1)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [STOPPED, STOPPED], outputs
-    process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
-    wait_for_lines(folder, 3, process)
-    ranks = pids_of_ranks(process.pid)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert out.count("stopped as asked") == 1, out
-    assert len(ranks) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    processes = started_by_srun(*flags(wanted), "--epochs", "5")
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for lines, told in ((1, "a rank"), (3, "the launcher")):
+        process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
+        wait_for_lines(folder, lines, process)
+        ranks = pids_of_ranks(process.pid)
+        assert len(ranks) == 2
+        if told == "a rank":
+            os.kill(ranks["1"], signal.SIGUSR1)
+        else:
+            process.send_signal(signal.SIGTERM)
+        out = process.communicate(timeout=120)[0]
+        assert process.returncode != 0
+        assert out.count("stopped as asked") == 1, out
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
     assert process.wait(timeout=300) == 0
     assert_same_run(folder, wanted)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.command import (
 )
 from tests.layouts import slice_store
 from tests.test_checkpoint import disk_full, state, value_of
-from usam import checkpoint, flags, manifest
+from usam import checkpoint, flags, manifest, resume
 from usam.checkpoint import BackgroundSaver, predecessor, predecessors
 
 
@@ -67,12 +68,16 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, lambda path: path.write_bytes(b"")])
 def test_auto_names_what_is_damaged_and_takes_the_predecessor(
-    trained: Path, copy: Path, store: Path, capsys: Any, damage: Callable[[Path], None]
-) -> None:
+    trained: Path, copy: Path, store: Path, capsys: Any, monkeypatch: Any,
+    damage: Callable[[Path], None],
+) -> None:  # fmt: skip
     flags = [*TRAINED, "--data_root", store, "--output_dir", copy, "--resume", "auto"]
     damage(copy / "last.pth")
+    read = Mock(side_effect=resume.read_checkpoint)
+    monkeypatch.setattr(resume, "read_checkpoint", read)
     result = run(capsys, *flags)
     assert result.code == 0, result.err
+    assert [call.args[0].name for call in read.call_args_list] == ["last.pth", "last.1.pth"]
     assert f"warning: {copy / 'last.pth'} is damaged" in result.out
     assert f"--resume auto: goes on from {copy / 'last.1.pth'}" in result.out
     assert (copy / "last.pth.damaged").exists()

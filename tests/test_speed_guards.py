@@ -6,8 +6,6 @@ a value back, as a wait for a GPU would, is an error.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,17 +26,6 @@ VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
     "squeeze", "detach", "alias", "split", "unbind", "as_strided", "split_with_sizes",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def meta_autocast(monkeypatch):
-    """torch.autocast refuses the meta device even to be switched off."""
-    autocast = torch.autocast
-
-    def without_meta(kind, *rest, **how):
-        return nullcontext() if kind == "meta" else autocast(kind, *rest, **how)
-
-    monkeypatch.setattr(torch, "autocast", without_meta)
 
 
 class CountOperations(TorchDispatchMode):

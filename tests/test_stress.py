@@ -54,7 +54,7 @@ def test_evaluation_counts_are_those_of_one_process() -> None:
 
 
 def test_a_dying_rank_ends_the_run() -> None:
-    assert_good(ranks.run_deaths(2, 0))
+    assert_good(ranks.run_deaths(3, 0))
 
 
 @pytest.mark.parametrize("step", [4, 23])  # within an accumulation; in the last step of all

@@ -26,7 +26,7 @@ def main() -> int:
     """Run the parts that are named, or all; print each row as it is done."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--sample", action="store_true", help="the smaller counts of CI")
+    parser.add_argument("--sample", action="store_true", help="smaller counts")
     args = parser.parse_args()
     unknown = set(args.parts) - set(PARTS)
     if unknown:
