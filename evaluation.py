@@ -98,7 +98,8 @@ def evaluate(
         classes=data.classes, colors=colors, transpose=data.info["orientation"] == "stored",
     )  # fmt: skip
     print(f"scores: {metrics}\nreport: {page}")
-    print(f"overlay: {overlays[0]}, with {len(overlays) - 1} more beside it")
+    others = f", with {len(overlays) - 1} more beside it" if len(overlays) > 1 else ""
+    print(f"overlay: {overlays[0]}{others}")
 
 
 def warn_of_preparation(args: Namespace, saved: dict[str, Any], data: SliceDataset) -> None:

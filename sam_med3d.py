@@ -90,7 +90,7 @@ def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: V
     arithmetic = multiply_accumulates(model.image_encoder, 1, 1, *3 * [model.side]) / 1e9
     say(f"{count_parameters(parts)}; {arithmetic:.1f} G multiply-accumulates to encode a crop")
     say(f"{args.dataset}: objects of {len(train.case_ids)} "
-        f"cases to train on, {len(val)} of {len(val.case_ids)} to validate on")  # fmt: skip
+        f"cases to train on, {len(val)} objects of {len(val.case_ids)} to validate on")  # fmt: skip
     if not len(val):
         say("too few training cases to set some aside: best.pth holds the last epoch")
     how = {"num_workers": args.num_workers, "batch_size": args.batch_size}

@@ -47,7 +47,7 @@ def train(args: Namespace, precision: Precision, job: Job, saved: Saved, stop: S
     run = Run(args, precision, job, saved, stop)
     stop.watch()
     if run.is_over:
-        done = f"{run.progress.epoch} of {args.epochs} epochs are done"
+        done = f"{run.progress.epoch} epochs are done, --epochs is {args.epochs}"
         say(f"nothing left to train: {done}; a larger --epochs or --patience goes on")
     while not run.is_over:
         if stop.asked(at_once=True):

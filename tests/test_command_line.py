@@ -168,6 +168,8 @@ def test_evaluation_prints_the_same_numbers_twice_and_draws_overlays(
              "--num_workers", "0", "--eval", "--resume", trained / "best.pth"]  # fmt: skip
     results = []
     for name in ("a", "b"):
+        (tmp_path / name / "overlays").mkdir(parents=True)
+        (tmp_path / name / "overlays" / "of_another_model.png").touch()
         result = run(capsys, *flags, "--output_dir", tmp_path / name)
         assert result.code == 0, result.err
         results.append(result.out.replace(str(tmp_path / name), "FOLDER"))
@@ -250,6 +252,7 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "2 process(es) on cpu" in result.stdout
+    assert "Warning" not in result.stderr
     said = result.stdout.splitlines()
     assert [sum(line.startswith(f"epoch {n}:") for line in said) for n in (0, 1, 2)] == [1, 1, 0]
     assert sum("best.pth, last.pth and log.jsonl in" in line for line in said) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -135,6 +136,9 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     devices = [device] if device.type == "cuda" else None
+    # Said by every process: of one 1x1 convolution, and of an argument's name in newer torch.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message="`?broadcast_buffers`? is deprecated")
     return DistributedDataParallel(
         model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
     )

@@ -85,9 +85,11 @@ def draw_overlays(
     """One picture a slice: image with its prompts, truth, prediction; the files' paths.
 
     shown: batches of one slice from `usam.engine.predictions`. `transpose` turns data upright
-    that is stored on its side.
+    that is stored on its side. Pictures of an earlier evaluation in `folder` are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for picture in folder.glob("*.png"):
+        picture.unlink()
     paths = []
     for batch, mask, prompts, logits in shown:
         name = batch["id"][0]
