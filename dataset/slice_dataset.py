@@ -104,6 +104,12 @@ def split_slices(
     return [s for s in training if (store.cases[s[0]]["id"] in held_out) == (split == "val")]
 
 
+def spread(number: int, total: int) -> list[int]:
+    """Up to `number` of the places 0 .. total - 1, evenly apart."""
+    number = min(number, total)
+    return [total * i // number for i in range(number)]
+
+
 def held_out_cases(case_ids: set[str], seed: int, fraction: float) -> set[str]:
     """Cases to validate on, drawn by seed; none of fewer than four, at least two stay behind."""
     number = round(len(case_ids) * fraction)
@@ -197,8 +203,7 @@ class SliceDataset(Dataset):
         pixels = [self.store.cases[case]["pixels"][k] for case, k in self.slices]
         shown = [sum(count > 0 for count in counts[1:]) for counts in pixels]
         richest = [index for index, classes in enumerate(shown) if classes == max(shown)]
-        number = min(number, len(richest))
-        return [richest[len(richest) * i // number] for i in range(number)]
+        return [richest[place] for place in spread(number, len(richest))]
 
     def __len__(self) -> int:
         return len(self.slices)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dataset import phantom3d, volume_packing
 from dataset.crops import box_origin, crop_at
-from dataset.slice_dataset import held_out_cases
+from dataset.slice_dataset import held_out_cases, spread
 from dataset.volume_sources import LAYOUT
 from dataset.volume_store import VolumeStore
 
@@ -182,9 +182,7 @@ class VolumeDataset(Dataset):
 
     def showcase(self, number: int) -> list[int]:
         """Up to `number` indices for pictures, spread evenly."""
-        total = len(self.objects)
-        number = min(number, total)
-        return [total * i // number for i in range(number)]
+        return spread(number, len(self.objects))
 
     def __len__(self) -> int:
         return len(self.objects)
