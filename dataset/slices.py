@@ -1,329 +1,254 @@
-"""The slice store: a folder of memory-mapped uint8 slices with one index, written once.
+"""The torch Dataset over a slice store: contrast, size, and which slices belong to a split.
 
-Preparation, the phantom and readers of releases write it; the Dataset and `verify` read it.
+`build_dataset` makes it; loaders collate its items into `{"image", "mask", "id"}` batches.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import json
-import math
-import os
-import shutil
-from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import torch
+from torch.utils.data import Dataset
 
-FORMAT = 1
-SPLITS = ("train", "val", "test")
-CASE_KEYS = {"id", "split", "file", "shape", "spacing", "affine", "slices", "listed", "pixels"}
-MAX_OPEN_CASES = 512  # two maps each; far below Linux's 65,530 maps a process
-MAX_INDEX_BYTES = 256 << 20  # 33,000 slices of 17 classes take about 5 MB
-HEADER_BYTES = 4096  # an npy header of a plain array is 118 bytes long
+from dataset.slices import SliceStore
+from dataset.splits import read_fold
 
-Entry = dict[str, Any]
+TILES = (8, 8)
+CLIP_LIMIT = 2.0  # evaluation
+CLIP_LIMITS = (1.0, 4.0)  # training draws between these
+
+# Workers run side by side already, and OpenCV's threads do not survive the fork into one.
+cv2.setNumThreads(0)
+
+Slices = list[tuple[int, int]]
 
 
-def npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """(shape, Fortran order, dtype, bytes before the data) from the first bytes of an npy file.
+def equalize(image: np.ndarray, clip_limit: float = CLIP_LIMIT) -> np.ndarray:
+    """CLAHE of a uint8 (H, W) image on 8 x 8 tiles, as U-SAM was trained; uint8 (H, W)."""
+    return cv2.createCLAHE(clipLimit=clip_limit, tileGridSize=TILES).apply(image)
 
-    `head` should hold the first HEADER_BYTES: the length a header claims is then never believed.
-    Raises ValueError for anything that is not an npy header of version 1 or 2.
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W) -> uint8 (size, size), cubic; the same array if that is its size."""
+    if image.shape == (size, size):
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """Labels uint8 (H, W) -> uint8 (size, size), the nearest label, aligned with the image."""
+    if mask.shape == (size, size):
+        return mask
+    # INTER_NEAREST takes the corner of each pixel, half a pixel off the cubic image.
+    return cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def with_foreground(store: SliceStore, slices: Slices) -> Slices:
+    """Those of `slices` that hold any label besides the background."""
+    return [(number, k) for number, k in slices if any(store.cases[number]["pixels"][k][1:])]
+
+
+def thin_out_empty(store: SliceStore, slices: Slices, share: float, seed: int) -> Slices:
+    """`slices` with so few of the empty ones, drawn by `seed`, that they make up `share` of all.
+
+    share: 0 keeps none, 1 keeps all; fewer than `share` asks for stay as they are.
     """
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
-            raise ValueError(f"npy version {version}, not 1.0 or 2.0")
-    except Exception as error:  # hostile headers make numpy raise nearly anything
-        raise ValueError(f"not an npy array: {error!s:.200}") from None
-    return shape, fortran, dtype, stream.tell()
+    full = with_foreground(store, slices)
+    empty = sorted(set(slices) - set(full))
+    if share >= 1 or not empty:
+        return slices
+    number = min(len(empty), round(len(full) * share / (1 - share)))
+    drawn = np.random.default_rng(seed).permutation(len(empty))[:number]
+    kept = {*full, *(empty[index] for index in drawn)}
+    return [place for place in slices if place in kept]
 
 
-def check_name(name: object, where: str) -> str:
-    """`name` itself if it is one plain file name; raises ValueError naming `where` otherwise.
+def split_slices(
+    store: SliceStore,
+    split: str,
+    *,
+    seed: int = 202307,
+    val_fraction: float = 0.1,
+    fold: int | None = None,
+) -> Slices:
+    """(case number, slice) of a split; training and validation never share a case.
 
-    Absolute names, folders, `..`, a leading dot, NUL and over 200 characters are refused.
+    With a fold, from 0, training and validation are the training cases as the store's splits.json
+    divides them; the rest of what is said here is then without effect.
+
+    A store with validation cases of its own keeps them. Otherwise `val_fraction` of the training
+    cases are drawn by `seed`: 0 makes validation the test split, and with fewer than four cases, or
+    a fraction that rounds to none, validation is empty. Raises ValueError for another split name.
     """
-    plain = isinstance(name, str) and 0 < len(name) <= 200 and not name.startswith(".")
-    if not plain or any(c in name for c in "/\\:\0"):
-        raise ValueError(f"{where}: {name!r:.80} is not a plain file name (no folders, no '..')")
-    return name
-
-
-def write_case(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.ndarray) -> Entry:
-    """The entry for the index, after writing the case's arrays below `folder`/cases.
-
-    image, mask: uint8 (S, H, W). entry: at least id, split, file and slices (S names); shape and
-    pixels (count per label id per slice) are filled in, spacing, affine and listed default to None.
-    Each array appears under its name only when complete. Raises ValueError for other arrays.
-    """
-    folder, file = Path(folder), check_name(entry.get("file"), f"{folder}: case file")
-    for name, array in (("image", image), ("mask", mask)):
-        if array.ndim != 3 or array.dtype != np.uint8 or array.shape != image.shape:
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"split {split!r} is not one of train, val, test")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction {val_fraction} must be at least 0 and below 1")
+    if split != "test" and fold is not None:
+        ids = set(read_fold(store.folder, fold)[split])
+        chosen = [s for s in store.slices("train") if store.cases[s[0]]["id"] in ids]
+        if missing := ids - {store.cases[number]["id"] for number, _ in chosen}:
             raise ValueError(
-                f"case {file}: {name} must be uint8 (S, H, W) of one shape,"
-                f" found {array.dtype} {array.shape}"
+                f"--fold {fold}: case {min(missing)} of splits.json is not among the training "
+                f"cases of {store.folder}; prepare it again"
             )
-    if len(entry.get("slices", ())) != len(image):
-        raise ValueError(f"case {file}: {len(image)} slices need as many names")
-    (folder / "cases").mkdir(parents=True, exist_ok=True)
-    save_array(folder / "cases" / f"{file}.image.npy", image)
-    save_array(folder / "cases" / f"{file}.mask.npy", mask)
-    num_labels = int(mask.max(initial=0)) + 1
-    pixels = [np.bincount(plane.ravel(), minlength=num_labels).tolist() for plane in mask]
-    blank = {"spacing": None, "affine": None, "listed": None}
-    return {**blank, **entry, "shape": list(image.shape), "pixels": pixels}
+        return chosen
+    if split == "test" or (split == "val" and val_fraction == 0):
+        return store.slices("test")
+    if any(case["split"] == "val" for case in store.cases):
+        return store.slices(split)
+    training = store.slices("train")
+    held_out = held_out_cases({store.cases[n]["id"] for n, _ in training}, seed, val_fraction)
+    return [s for s in training if (store.cases[s[0]]["id"] in held_out) == (split == "val")]
 
 
-def write_index(folder: Path | str, index: Entry) -> Path:
-    """Path of the store's index, written last and at once: a store is whole or has no index.
+def spread(number: int, total: int) -> list[int]:
+    """Up to `number` of the places 0 .. total - 1, evenly apart."""
+    number = min(number, total)
+    return [total * i // number for i in range(number)]
 
-    Cases are sorted by file name, counts are padded to the class table, and what is written is
-    checked as on reading. Raises ValueError, e.g. for a label outside the class table.
+
+def held_out_cases(case_ids: set[str], seed: int, fraction: float) -> set[str]:
+    """Cases to validate on, drawn by seed; none of fewer than four, at least two stay behind."""
+    number = round(len(case_ids) * fraction)
+    if number < 1 or len(case_ids) < 4 or len(case_ids) - number < 2:
+        return set()
+    return set(np.random.default_rng(seed).permutation(sorted(case_ids))[:number].tolist())
+
+
+def neighbours(k: int, num_slices: int) -> list[int]:
+    """The slices that 2.5D input shows for slice k: the one before, k, the one after.
+
+    The first and the last slice of a case stand in for the neighbour they lack.
     """
-    folder = Path(folder)
-    num_classes = len(index.get("classes", ()))
-    cases = [
-        {**case, "pixels": [row + [0] * (num_classes - len(row)) for row in case["pixels"]]}
-        for case in sorted(index["cases"], key=lambda case: case["file"])
-    ]
-    index = {**index, "format": index.get("format", FORMAT), "cases": cases}
-    path = folder / "index.json"
-    check_index(index, str(path))
-    text = json.dumps(index, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".index.json.{os.getpid()}"
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
-    return path
+    return [max(k - 1, 0), k, min(k + 1, num_slices - 1)]
 
 
-def move_into_place(scratch: Path, target: Path) -> None:
-    """Renames a finished store to `target`, in place of an older one; never a mixture of the two.
+class SliceDataset(Dataset):
+    """Items `{"image": uint8 (C, H, W), "mask": uint8 (H, W), "id": str}` of a store's slices.
 
-    When another process is quicker with the very same store, its copy stays and ours goes. Raises
-    ValueError where `target` holds anything but a store: only stores are ever replaced.
-    """
-    ours = (scratch / "index.json").read_bytes()
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-    while True:
-        try:
-            scratch.rename(target)
-            return
-        except OSError:
-            if not target.is_dir():
-                raise
-        with contextlib.suppress(FileNotFoundError):  # another process is replacing it, too: again
-            if not (target / "index.json").is_file() and any(target.iterdir()):
-                raise ValueError(f"{target} is in the way: not a slice store; move it elsewhere")
-            if (target / "index.json").read_bytes() == ours:
-                shutil.rmtree(scratch)
-                return
-            target.rename(aside)
-            shutil.rmtree(aside)
-
-
-def check_index(index: object, where: str) -> None:
-    """Raises ValueError, naming `where` and the case, unless `index` describes a sound store."""
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        if str(found).startswith("volumes-"):
-            raise ValueError(f"{where}: a store of volumes; train on it with --model sam-med3d")
-        raise ValueError(
-            f"{where}: slice store format {FORMAT} wanted, found {found!r:.40}; prepare it again"
-        )
-    classes = check_classes(index.get("classes"), where)
-    if not isinstance(index.get("cases"), list):
-        raise ValueError(f"{where}: no list of cases")
-    files = set()
-    for case in index["cases"]:
-        _check_case(case, where, len(classes))
-        if case["file"] in files:
-            raise ValueError(f"{where}: two cases named {case['file']!r}")
-        files.add(case["file"])
-
-
-def check_classes(classes: object, where: str) -> list[Entry]:
-    """`classes` itself if it is a class table: rows {id, name, ...} with the ids 0, 1, 2, ..."""
-    if not isinstance(classes, list) or not 2 <= len(classes) <= 256:
-        raise ValueError(f"{where}: a class table of 2 to 256 classes is wanted")
-    for number, row in enumerate(classes):
-        if not (
-            isinstance(row, dict) and row.get("id") == number and isinstance(row.get("name"), str)
-        ):
-            raise ValueError(f"{where}: class {number} must be {{'id': {number}, 'name': ...}}")
-    return classes
-
-
-def _check_case(case: object, where: str, num_classes: int) -> None:
-    if not isinstance(case, dict):
-        raise ValueError(f"{where}: a case must be an object, found {case!r:.80}")
-    for key in CASE_KEYS - case.keys():
-        raise ValueError(f"{where}: a case without {key!r}")
-    where = f"{where}: case {check_name(case.get('file'), f'{where}: case file')}"
-    shape, names, listed = case.get("shape"), case.get("slices"), case.get("listed")
-    if not isinstance(case.get("id"), str) or case.get("split") not in SPLITS:
-        raise ValueError(f"{where}: a text id and a split of {'/'.join(SPLITS)} are wanted")
-    if not (
-        isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
-    ):
-        raise ValueError(f"{where}: shape [S, H, W] wanted, found {shape!r:.80}")
-    if not (
-        isinstance(names, list) and len(names) == shape[0] and all(type(n) is str for n in names)
-    ):
-        raise ValueError(f"{where}: {shape[0]} slice names wanted")
-    if listed is not None and not (isinstance(listed, list) and len(listed) == shape[0]):
-        raise ValueError(f"{where}: {shape[0]} entries of 'listed', or null, wanted")
-    spacing = case["spacing"]
-    if spacing is not None and not _is_spacing(spacing):
-        raise ValueError(
-            f"{where}: spacing [z, y, x] in mm, or null, wanted, found {spacing!r:.80}"
-        )
-    pixels = case.get("pixels")
-    if not isinstance(pixels, list) or len(pixels) != shape[0]:
-        raise ValueError(f"{where}: pixel counts of {shape[0]} slices wanted")
-    for row in pixels:
-        if not (
-            isinstance(row, list) and len(row) == num_classes and all(type(n) is int for n in row)
-        ):
-            raise ValueError(f"{where}: labels outside the {num_classes} classes of the table")
-
-
-def _is_spacing(value: object) -> bool:
-    numbers = isinstance(value, list) and all(type(n) in (int, float) for n in value)
-    return numbers and len(value) == 3 and all(0 < n < math.inf for n in value)
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an npy file; it appears under its name only when it is complete."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("wb") as stream:
-        np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
-    os.replace(scratch, path)
-
-
-class SliceStore:
-    """A slice store opened for reading; arrays stay on disk until a slice is asked for.
-
-    Raises FileNotFoundError where there is no index, ValueError where it is not sound. It pickles
-    without its open maps, so worker processes open their own.
+    `dataset[index]` is the same every time (CLAHE at clip limit 2.0); `dataset[index, epoch]` is
+    the training draw, random by (seed, epoch, index) alone, so workers change nothing. CLAHE runs
+    at the stored size, where the store asks for it; then the slice becomes img_size x img_size.
+    `crop` is the share of the side cut off at each edge first. C is 1 for input_mode "2d", 3 for
+    "2.5d": the slice between its neighbours in the case, whether those are of the data set or not.
+    fold_digest: of the fold these slices are of, see `splits.fold_digest`; None without one.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        path = self.folder / "index.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no slice store in {self.folder} (index.json is missing);"
-                " make one with python -m dataset.prepare, or try --dataset phantom"
-            )
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError(
-                f"{path}: larger than {MAX_INDEX_BYTES >> 20} MiB, not an index of slices"
-            )
-        text = path.read_bytes()
-        try:
-            self.index: Entry = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not readable as JSON ({error}); prepare it again") from None
-        check_index(self.index, str(path))
-        self.digest = hashlib.sha256(text).hexdigest()
-        self._maps: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-
-    @property
-    def cases(self) -> list[Entry]:
-        """Entries of the index, in order of file name; a case number is a place in this list."""
-        return self.index["cases"]
+    def __init__(
+        self,
+        store: SliceStore,
+        slices: Slices,
+        *,
+        img_size: int = 224,
+        seed: int = 202307,
+        crop: float = 0.0,
+        input_mode: str = "2d",
+        fold_digest: str | None = None,
+    ) -> None:
+        self.store = store
+        self.fold_digest = fold_digest
+        self.slices = slices
+        self.img_size = img_size
+        self.seed = seed
+        self.crop = crop
+        self.input_mode = input_mode
+        self.clahe = bool(store.index.get("clahe", False))
 
     @property
     def classes(self) -> list[str]:
         """Class names by label id; the first is the background."""
-        return [row["name"] for row in self.index["classes"]]
+        return self.store.classes
 
-    def slices(self, split: str) -> list[tuple[int, int]]:
-        """(case number, slice) of every slice of a split that the release's CSV names, in order."""
-        return [
-            (number, k)
-            for number, case in enumerate(self.cases)
-            if case["split"] == split
-            for k in range(case["shape"][0])
-            if case["listed"] is None or case["listed"][k]
-        ]
+    @property
+    def case_ids(self) -> list[str]:
+        """The cases these slices come from, each once, sorted."""
+        return sorted({self.store.cases[number]["id"] for number, _ in self.slices})
 
-    def read(self, case_number: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and mask of one slice, uint8 (H, W) each, memory-mapped and read-only.
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a checkpoint must keep, so that prediction prepares a scan as training did."""
+        index = self.store.index
+        return {
+            "dataset": index.get("dataset"),
+            "classes": self.classes,
+            "colors": [row.get("color") for row in index["classes"]],
+            "img_size": self.img_size,
+            "input": self.input_mode,
+            "window": index.get("window"),
+            "orientation": index.get("orientation"),
+            "spacing": index.get("spacing"),
+            "clahe": self.clahe,
+            "crop": self.crop,
+            "body_crop": bool(index.get("body_crop", False)),
+            "digest": self.store.digest,
+            "fold_digest": self.fold_digest,
+        }
 
-        Raises FileNotFoundError or ValueError, naming the file, for arrays that are not what the
-        index says or hold labels outside the class table.
-        """
-        image, mask = self._open(case_number)
-        case, label = self.cases[case_number], mask[k].max()
-        if label >= len(self.index["classes"]):
-            where = f"{self.folder}: case {case['file']}, slice {case['slices'][k]}"
-            raise ValueError(
-                f"{where}: label {label} is outside the table of {len(self.classes)} classes"
-            )
-        return image[k], mask[k]
+    @property
+    def class_pixels(self) -> list[int]:
+        """Pixels of each class in these slices, as stored."""
+        return np.sum([self.store.cases[n]["pixels"][k] for n, k in self.slices], axis=0).tolist()
 
-    def _open(self, case_number: int) -> tuple[np.ndarray, np.ndarray]:
-        if case_number in self._maps:
-            self._maps.move_to_end(case_number)
-            return still_whole(self._maps[case_number])
-        case = self.cases[case_number]
-        stem, shape = self.folder / "cases" / case["file"], tuple(case["shape"])
-        arrays = tuple(map_array(Path(f"{stem}.{name}.npy"), shape) for name in ("image", "mask"))
-        self._maps[case_number] = arrays
-        if len(self._maps) > MAX_OPEN_CASES:
-            self._maps.popitem(last=False)
-        return arrays
+    @property
+    def by_class(self) -> list[np.ndarray]:
+        """Indices of the slices that hold each foreground class, a sorted array a class."""
+        pixels = np.array([self.store.cases[n]["pixels"][k] for n, k in self.slices])
+        return [np.flatnonzero(column) for column in pixels.T[1:]]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}
+    def showcase(self, number: int) -> list[int]:
+        """Up to `number` indices for pictures: the slices with most classes, spread evenly."""
+        pixels = [self.store.cases[case]["pixels"][k] for case, k in self.slices]
+        shown = [sum(count > 0 for count in counts[1:]) for counts in pixels]
+        richest = [index for index, classes in enumerate(shown) if classes == max(shown)]
+        return [richest[place] for place in spread(number, len(richest))]
 
+    def __len__(self) -> int:
+        return len(self.slices)
 
-def map_array(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
-    """The array of an npy file, memory-mapped and read-only, once its header is what is wanted.
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        number, k = self.slices[index]
+        clip_limit = CLIP_LIMIT
+        if epoch is not None:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            clip_limit = float(rng.uniform(*CLIP_LIMITS))
+        image, mask = (self._cropped(array) for array in self.store.read(number, k))
+        # Copied where nothing changed it yet: what lies in the store's map cannot be written to.
+        channels = np.array(self._channel(image, clip_limit))[None]
+        if self.input_mode == "2.5d":
+            channels = self._between_neighbours(channels[0], number, k, clip_limit)
+        return {
+            "image": torch.from_numpy(channels),
+            "mask": torch.from_numpy(np.array(resize_mask(mask, self.img_size))),
+            "id": self.store.cases[number]["slices"][k],
+        }
 
-    Raises FileNotFoundError or ValueError naming the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is named by the index but missing; prepare the store again"
-        )
-    with path.open("rb") as stream:
-        head = stream.read(HEADER_BYTES)
-    try:
-        found, fortran, stored, offset = npy_header(head)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if found != shape or fortran or stored != np.dtype(dtype):
-        raise ValueError(f"{path}: {dtype} {shape} wanted, found {stored!s:.40} {found!s:.80}")
-    size = offset + math.prod(shape) * stored.itemsize
-    if path.stat().st_size != size:
-        raise ValueError(f"{path}: {size} bytes wanted, found {path.stat().st_size}")
-    # As a plain array over the same map: a memmap runs Python code at every view taken of it.
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    def _between_neighbours(
+        self, channel: np.ndarray, number: int, k: int, clip_limit: float
+    ) -> np.ndarray:
+        """(3, H, W): slice k, as `channel` shows it, between its neighbours with the same limit."""
+        known = {k: channel}
+        shown = neighbours(k, self.store.cases[number]["shape"][0])
+        for other in shown:
+            if other not in known:
+                plane = self._cropped(self.store.read(number, other)[0])
+                known[other] = self._channel(plane, clip_limit)
+        return np.stack([known[other] for other in shown])
 
+    def seen_box(self, index: int) -> tuple[int, int, int, int]:
+        """The part (y0, y1, x0, x1), ends excluded, of stored slice `index` that its item shows."""
+        height, width = self.store.cases[self.slices[index][0]]["shape"][1:]
+        top, left = round(height * self.crop), round(width * self.crop)
+        return top, height - top, left, width - left
 
-def still_whole(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """Arrays of `map_array`, as they are; raises ValueError where a file was cut since then.
+    def _cropped(self, plane: np.ndarray) -> np.ndarray:
+        top, left = (round(side * self.crop) for side in plane.shape)
+        return plane[top : plane.shape[0] - top, left : plane.shape[1] - left]
 
-    Reading from a map beyond the end of its file would end the process without a word (SIGBUS).
-    """
-    for array in arrays:
-        stored = array.base
-        if os.stat(stored.filename).st_size < stored.offset + array.nbytes:
-            raise ValueError(f"{stored.filename}: became shorter while it was in use")
-    return arrays
+    def _channel(self, plane: np.ndarray, clip_limit: float) -> np.ndarray:
+        if self.clahe:
+            plane = equalize(plane, clip_limit)
+        return resize_image(plane, self.img_size)
