@@ -26,28 +26,32 @@ from typing import Any
 import torch
 
 from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
-from dataset.scan_slices import ScanSlices, find_scans, output_names
-from dataset.scans import parse_window
+from dataset.scans.slices import ScanSlices, find_scans, output_names
+from dataset.scans.upright import parse_window
 from dataset.transforms import AUGMENTATIONS
-from evaluation import answering_model, answers_text, evaluate, merge
-from sam_med3d import Train, run_volumes
-from training import train
-from usam import checkpoint, distributed, engine, peers, report, resume, sam_file, weights
-from usam.average import averaged
-from usam.distributed import say
-from usam.engine import Precision
-from usam.flags import parse_flags, settle
-from usam.job import Job, Summary, Watch
-from usam.loaders import evaluation_loader
-from usam.lora_file import load_lora, save_lora
-from usam.model import USam, build_usam
-from usam.model_size import count_parameters, multiply_accumulates
-from usam.predict import Predictor, predict_scans
-from usam.preemption import StopRequest
-from usam.prompts import MIXED
-from usam.recipes import chosen_loss, jitter_pixels
-from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
-from usam.small_checkpoint import base_of_run
+from usam.cli.flags import parse_flags, settle
+from usam.cli.recipes import chosen_loss, jitter_pixels
+from usam.evaluation import report
+from usam.evaluation.slices import answering_model, answers_text, evaluate, merge
+from usam.models.prompts import MIXED
+from usam.models.size import count_parameters, multiply_accumulates
+from usam.models.usam import USam, build_usam
+from usam.prediction.prompts import ScanPrompts, prompts_from_flags, read_prompts
+from usam.prediction.slices import Predictor, predict_scans
+from usam.runtime import distributed, peers
+from usam.runtime.distributed import say
+from usam.runtime.loaders import evaluation_loader
+from usam.runtime.signals import StopRequest
+from usam.training import checkpoint, engine, resume
+from usam.training.ema import averaged
+from usam.training.engine import Precision
+from usam.training.job import Job, Summary, Watch
+from usam.training.run import train
+from usam.training.sam_med3d import Train, run_volumes
+from usam.weights import sam as sam_file
+from usam.weights import usam as weights
+from usam.weights.lora import load_lora, save_lora
+from usam.weights.small_checkpoint import base_of_run
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 

@@ -14,8 +14,8 @@ from segment_anything.modeling import ImageEncoderViT, PromptEncoder, TwoWayTran
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-from usam.model import USam
-from usam.sam_vit import SAM_MODELS
+from usam.models.sam_encoder import SAM_MODELS
+from usam.models.usam import USam
 
 MEAN, STD = 0.1364736, 0.23238614
 

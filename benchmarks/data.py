@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.plain_data import PlainSlices
-from dataset.slice_dataset import SliceDataset
-from dataset.slices import SliceStore, write_case, write_index
+from dataset.slices import SliceDataset
+from dataset.store.slices import SliceStore, write_case, write_index
 from dataset.transforms import augment
 
 SIZE = 224

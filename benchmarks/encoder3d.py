@@ -25,7 +25,7 @@ from benchmarks.harness import (
     set_up,
     spread,
 )
-from usam.model3d import build_sam_med3d
+from usam.models.sam_med3d import build_sam_med3d
 
 SIDE = 128
 GIB = 2**30

@@ -24,14 +24,14 @@ from benchmarks.data import write_slices
 from benchmarks.harness import Row
 from benchmarks.plain_data import PlainSlices
 from benchmarks.train_step import CLASSES, precision_of
-from dataset.slice_dataset import SliceDataset
-from dataset.slices import SliceStore
+from dataset.slices import SliceDataset
+from dataset.store.slices import SliceStore
 from dataset.transforms import augment
-from usam import engine
-from usam.checkpoint import BackgroundSaver
-from usam.distributed import TrainingBatches
-from usam.loaders import loader_for
-from usam.model import build_usam
+from usam.models.usam import build_usam
+from usam.runtime.distributed import TrainingBatches
+from usam.runtime.loaders import loader_for
+from usam.training import engine
+from usam.training.checkpoint import BackgroundSaver
 
 
 class Case(NamedTuple):

@@ -24,10 +24,10 @@ from benchmarks.harness import Row, Work
 from benchmarks.plain_data import PlainSlices
 from benchmarks.train_step import CLASSES, ReadyBatches, precision_of
 from benchmarks.train_step import Case as Batches
-from dataset.slice_dataset import SliceDataset, split_slices
-from dataset.slices import SliceStore
-from usam import engine
-from usam.model import USam, build_usam
+from dataset.slices import SliceDataset, split_slices
+from dataset.store.slices import SliceStore
+from usam.models.usam import USam, build_usam
+from usam.training import engine
 
 
 class Case(NamedTuple):

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.train_step import CLASSES, GIB, Case, our_work
-from usam.model import build_usam
-from usam.recomputation import recompute_activations
+from usam.models.usam import build_usam
+from usam.training.recomputation import recompute_activations
 
 
 class Setting(NamedTuple):

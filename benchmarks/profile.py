@@ -21,7 +21,7 @@ from benchmarks import harness
 from benchmarks.evaluate import our_work as evaluation
 from benchmarks.train_step import CLASSES, Case, ReadyBatches, precision_of
 from benchmarks.train_step import our_work as training
-from usam.model import build_usam
+from usam.models.usam import build_usam
 
 PRODUCTS = ("mm", "attention", "conv", "cutlass", "nvjet", "flash", "wgrad", "dgrad", "fprop")
 ROWS = 20

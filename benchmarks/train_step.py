@@ -24,9 +24,9 @@ from benchmarks import harness
 from benchmarks.baseline import PlainUSam, plain_steps, plain_twin
 from benchmarks.harness import Row, Work
 from dataset.transforms import augment
-from usam import engine
-from usam.compilation import compile_training
-from usam.model import USam, build_usam
+from usam.models.usam import USam, build_usam
+from usam.training import engine
+from usam.training.compilation import compile_training
 
 CLASSES = 3
 GIB = 2**30

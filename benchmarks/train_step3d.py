@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import Row, Work
 from dataset.crops import normalise
-from usam import engine
-from usam.clicks3d import click_step
-from usam.model3d import build_sam_med3d
+from usam.models.sam_med3d import build_sam_med3d
+from usam.training import engine
+from usam.training.clicks import click_step
 
 
 class Case(NamedTuple):

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset import phantom, rectum, word
-from dataset.slice_dataset import SliceDataset, split_slices, thin_out_empty
-from dataset.slices import SliceStore
+from dataset import care as rectum
+from dataset import word
+from dataset.phantom import pelvis as phantom
+from dataset.slices import SliceDataset, split_slices, thin_out_empty
 from dataset.splits import fold_digest, read_fold
-from dataset.volume_store import VolumeStore
+from dataset.store.slices import SliceStore
+from dataset.store.volumes import VolumeStore
 from dataset.volumes import VOLUMES, VolumeDataset, build_volumes, open_volumes
 
 __all__ = [

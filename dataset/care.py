@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dataset import slices
-from dataset.places import packed_place, packed_places
-from dataset.slices import SliceStore
+from dataset.store import slices
+from dataset.store.places import packed_place, packed_places
+from dataset.store.slices import SliceStore
 
 PACKING = 1  # raise it when packing changes: stores packed by older rules are then made again
 MAX_SIDE = 4096  # pixels; the release has 224 and 512

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.slices import SliceStore
 from dataset.splits import read_fold
+from dataset.store.slices import SliceStore
 
 TILES = (8, 8)
 CLIP_LIMIT = 2.0  # evaluation

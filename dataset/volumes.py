@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset import phantom3d, volume_packing
 from dataset.crops import box_origin, crop_at
-from dataset.slice_dataset import held_out_cases, spread
-from dataset.volume_sources import LAYOUT
-from dataset.volume_store import VolumeStore
+from dataset.phantom import belly as phantom3d
+from dataset.prepare import volumes as volume_packing
+from dataset.prepare.volume_sources import LAYOUT
+from dataset.slices import held_out_cases, spread
+from dataset.store.volumes import VolumeStore
 
 Objects = list[tuple[int, int]]  # (case number, class id)
 

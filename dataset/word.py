@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.slices import SliceStore
+from dataset.store.slices import SliceStore
 
 ORGANS = (
     "liver",

@@ -21,13 +21,16 @@ from matplotlib.patches import Patch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from dataset import build_dataset, build_volumes, phantom  # noqa: E402
+from dataset import build_dataset, build_volumes  # noqa: E402
 from dataset.crops import normalise  # noqa: E402
-from dataset.scans import apply_window  # noqa: E402
-from usam import checkpoint, clicks3d, engine, weights  # noqa: E402
-from usam.model import build_usam  # noqa: E402
-from usam.model3d import build_sam_med3d  # noqa: E402
-from usam.visualize import blend  # noqa: E402
+from dataset.phantom import pelvis as phantom  # noqa: E402
+from dataset.scans.upright import apply_window  # noqa: E402
+from usam.models.sam_med3d import build_sam_med3d  # noqa: E402
+from usam.models.usam import build_usam  # noqa: E402
+from usam.runtime.figures import blend  # noqa: E402
+from usam.training import checkpoint, engine  # noqa: E402
+from usam.training import clicks as clicks3d  # noqa: E402
+from usam.weights import usam as weights  # noqa: E402
 
 COLUMNS = 4
 CPU = torch.device("cpu")

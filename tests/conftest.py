@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.layouts import slice_store  # noqa: E402
+from tests.helpers.layouts import slice_store  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

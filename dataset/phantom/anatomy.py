@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset import word
-from dataset.anatomy_tissue import Patient, scanner_noise
 from dataset.parallel import default_workers
-from dataset.scan_files import SCAN_SUFFIXES, scan_stem
-from dataset.scans import Volume, read_label, to_canonical
-from dataset.slices import Entry, write_case, write_index
-from dataset.sources import class_table
+from dataset.phantom.tissue import Patient, scanner_noise
+from dataset.prepare.folder import check_output, pack_all, sweep
+from dataset.prepare.sources import class_table
+from dataset.scans.files import SCAN_SUFFIXES, scan_stem
+from dataset.scans.upright import Volume, read_label, to_canonical
 from dataset.splits import hold_out, split_table, write_json
-from dataset.store_folder import check_output, pack_all, sweep
+from dataset.store.slices import Entry, write_case, write_index
 
 VERSION = 1  # raised whenever the same seed draws other pictures
 PIXEL = 2.0  # mm, of a finished slice

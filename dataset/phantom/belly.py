@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from dataset.slices import move_into_place
-from dataset.volume_store import VolumeStore, write_volume, write_volume_index
+from dataset.store.slices import move_into_place
+from dataset.store.volumes import VolumeStore, write_volume, write_volume_index
 
 VERSION = 1  # raised whenever the same seed draws other volumes
 SIZE = 96  # voxels a side

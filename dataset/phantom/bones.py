@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.phantom_patient import SIDES, Anatomy
-from dataset.phantom_shapes import Shape, Tissue, bezier, plate, ring
+from dataset.phantom.patient import SIDES, Anatomy
+from dataset.phantom.shapes import Shape, Tissue, bezier, plate, ring
 
 HEAD_RADIUS = 23.0  # mm, an adult's femoral head
 

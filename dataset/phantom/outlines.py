@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataset.phantom_bones import hips, sacrum, sacrum_centre, sacrum_size
-from dataset.phantom_patient import SIDES, Anatomy
-from dataset.phantom_shapes import Shape, Tissue, bezier, front_part, plate, ring
+from dataset.phantom.bones import hips, sacrum, sacrum_centre, sacrum_size
+from dataset.phantom.patient import SIDES, Anatomy
+from dataset.phantom.shapes import Shape, Tissue, bezier, front_part, plate, ring
 
 
 def cut(anatomy: Anatomy, z: float) -> list[Shape]:

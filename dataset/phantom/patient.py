@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.phantom_rectum import Rectum, draw_rectum
-from dataset.phantom_shapes import Tissue, waves
+from dataset.phantom.rectum import Rectum, draw_rectum
+from dataset.phantom.shapes import Tissue, waves
 
 SIDES = (-1, 1)  # the patient's right and left
 

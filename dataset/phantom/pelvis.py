@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dataset.phantom_anatomy import cut, table
-from dataset.phantom_patient import draw_anatomy
-from dataset.phantom_shapes import Shape, Tissue
-from dataset.slices import Entry, SliceStore, move_into_place, write_case, write_index
+from dataset.phantom.outlines import cut, table
+from dataset.phantom.patient import draw_anatomy
+from dataset.phantom.shapes import Shape, Tissue
+from dataset.store.slices import Entry, SliceStore, move_into_place, write_case, write_index
 
 VERSION = 3  # raised whenever the same seed draws other pictures
 SIZE = 224  # pixels a side, as the CARE release's slices

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.phantom_shapes import ANGLES, Shape, Tissue, front_part, rim, waves
+from dataset.phantom.shapes import ANGLES, Shape, Tissue, front_part, rim, waves
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,19 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from dataset import anatomy, rectum, slices
-from dataset.packing import Job, Options, pack_case
+from dataset import care as rectum
 from dataset.parallel import default_workers
-from dataset.scans import WINDOWS, Window, parse_window
-from dataset.slices import SliceStore
-from dataset.sources import LAYOUTS, Source, find_source
+from dataset.phantom import anatomy
+from dataset.prepare.folder import check_names, check_output, classes_seen, pack_all, sweep
+from dataset.prepare.packing import Job, Options, pack_case
+from dataset.prepare.sources import LAYOUTS, Source, find_source
+from dataset.prepare.summary import left_out_lines, summary_lines, volume_summary_lines
+from dataset.prepare.volume_sources import find_volumes
+from dataset.prepare.volumes import prepare_volumes
+from dataset.scans.upright import WINDOWS, Window, parse_window
 from dataset.splits import hold_out, read_fold, split_table, write_json
-from dataset.store_folder import check_names, check_output, classes_seen, pack_all, sweep
-from dataset.summary import left_out_lines, summary_lines, volume_summary_lines
-from dataset.volume_packing import prepare_volumes
-from dataset.volume_sources import find_volumes
+from dataset.store import slices
+from dataset.store.slices import SliceStore
 
 EXAMPLES = """examples:
   python -m dataset.prepare word --input WORD-V0.1.0 --output data/WORD
@@ -327,7 +329,3 @@ def _holds(output: Path, digest: str) -> bool:
         return SliceStore(output).index.get("source") == digest
     except (ValueError, OSError):
         return False
-
-
-if __name__ == "__main__":
-    sys.exit(main())

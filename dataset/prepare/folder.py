@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.parallel import each_case
-from dataset.slices import Entry
-from dataset.sources import class_table
+from dataset.prepare.sources import class_table
+from dataset.store.slices import Entry
 
 
 def pack_all(work: Callable[[Any], Entry], jobs: Sequence[Any], workers: int) -> list[Entry]:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from dataset import slices
-from dataset.scan_files import read_header
-from dataset.scan_header import Scan
-from dataset.scans import (
+from dataset.prepare.sources import CaseFiles
+from dataset.scans.files import read_header
+from dataset.scans.header import Scan
+from dataset.scans.upright import (
     Window,
     apply_window,
     body_box,
@@ -31,8 +31,8 @@ from dataset.scans import (
     to_canonical,
     window_limits,
 )
-from dataset.sources import CaseFiles
 from dataset.splits import write_json
+from dataset.store import slices
 
 PACKING = 1  # raise it when packing changes: cases packed by older rules are then packed again
 HASH_BYTES = 2**20

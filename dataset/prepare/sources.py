@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataset import rectum, word
-from dataset.scan_files import SCAN_SUFFIXES, scan_stem
-from dataset.scans import Window
+from dataset import care as rectum
+from dataset import word
+from dataset.scans.files import SCAN_SUFFIXES, scan_stem
+from dataset.scans.upright import Window
 
 LAYOUTS = ("word", "care", "nnunet", "folder")
 SPLIT_FOLDERS = {"Tr": "train", "Val": "val", "Va": "val", "Ts": "test"}

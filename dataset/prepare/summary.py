@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.sources import Source
+from dataset.prepare.sources import Source
 
 
 def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.sources import (
+from dataset.prepare.sources import (
     SPLIT_FOLDERS,
     Source,
     class_table,

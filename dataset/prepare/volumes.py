@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from dataset.packing import NPY_HEADER, file_blocks, plain_name
 from dataset.parallel import default_workers
-from dataset.places import packed_place, packed_places
-from dataset.scan_header import Scan
-from dataset.scans import geometry_difference, read_label
-from dataset.slices import Entry
-from dataset.sources import CaseFiles, Source, class_table
+from dataset.prepare.folder import check_names, check_output, pack_all, sweep
+from dataset.prepare.packing import NPY_HEADER, file_blocks, plain_name
+from dataset.prepare.sources import CaseFiles, Source, class_table
+from dataset.prepare.volume_sources import LAYOUT, class_of, find_volumes, is_layout, patient_of
+from dataset.scans.header import Scan
+from dataset.scans.upright import geometry_difference, read_label
+from dataset.scans.volumes import Grid, ScanVolume, read_volume, resample_label
 from dataset.splits import hold_out, write_json
-from dataset.store_folder import check_names, check_output, pack_all, sweep
-from dataset.volume_scans import Grid, ScanVolume, read_volume, resample_label
-from dataset.volume_sources import LAYOUT, class_of, find_volumes, is_layout, patient_of
-from dataset.volume_store import VolumeStore, case_bytes, write_volume, write_volume_index
+from dataset.store.places import packed_place, packed_places
+from dataset.store.slices import Entry
+from dataset.store.volumes import VolumeStore, case_bytes, write_volume, write_volume_index
 
 PACKING = 2  # raise it when packing changes: cases packed by older rules are then packed again
 MIN_VOLUME = 1.0  # cm3

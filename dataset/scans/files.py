@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 
-from dataset.scan_header import (
+from dataset.scans.header import (
     MAX_DEFLATE_RATIO,
     Scan,
     ScanHeader,
@@ -28,8 +28,8 @@ from dataset.scan_header import (
     narrow,
     size_text,
 )
-from dataset.scan_itk import ITK_SUFFIXES, dicom_header, dicom_voxels, itk_header, itk_voxels
-from dataset.slices import HEADER_BYTES, npy_header
+from dataset.scans.itk import ITK_SUFFIXES, dicom_header, dicom_voxels, itk_header, itk_voxels
+from dataset.store.slices import HEADER_BYTES, npy_header
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".npz")

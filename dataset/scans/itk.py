@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.scan_header import (
+from dataset.scans.header import (
     MAX_DEFLATE_RATIO,
     ScanHeader,
     as_volume,

@@ -12,9 +12,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from dataset.scan_files import SCAN_SUFFIXES, scan_stem
-from dataset.scan_header import Scan, ScanHeader
-from dataset.scans import (
+from dataset.scans.files import SCAN_SUFFIXES, scan_stem
+from dataset.scans.header import Scan, ScanHeader
+from dataset.scans.upright import (
     Volume,
     Window,
     apply_window,
@@ -24,7 +24,7 @@ from dataset.scans import (
     to_canonical,
     window_limits,
 )
-from dataset.slice_dataset import equalize, neighbours, resize_image
+from dataset.slices import equalize, neighbours, resize_image
 
 __all__ = ["ScanSlices", "find_scans", "output_names"]
 

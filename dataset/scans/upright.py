@@ -15,8 +15,8 @@ import cv2
 import nibabel as nib
 import numpy as np
 
-from dataset.scan_files import NIFTI_SUFFIXES, read_file
-from dataset.scan_header import Scan, ScanHeader, size_text
+from dataset.scans.files import NIFTI_SUFFIXES, read_file
+from dataset.scans.header import Scan, ScanHeader, size_text
 
 Window = tuple[float, float] | str | None
 Box = tuple[int, int, int, int]  # y0, y1, x0, x1 of canonical slices; ends excluded

@@ -14,8 +14,8 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dataset.scan_header import Scan, ScanHeader, size_text
-from dataset.scans import geometry_difference, read_label, read_scan, save_label
+from dataset.scans.header import Scan, ScanHeader, size_text
+from dataset.scans.upright import geometry_difference, read_label, read_scan, save_label
 
 SPACING = 1.5  # mm
 MAX_RESAMPLED = 2**30  # voxels

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dataset.slices import (
+from dataset.splits import write_json
+from dataset.store.slices import (
     MAX_INDEX_BYTES,
     MAX_OPEN_CASES,
     SPLITS,
@@ -27,7 +28,6 @@ from dataset.slices import (
     save_array,
     still_whole,
 )
-from dataset.splits import write_json
 
 FORMAT = "volumes-1"
 DTYPES = ("int16", "float32")

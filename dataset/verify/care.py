@@ -11,9 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import rectum
-from dataset.checks import Checked, Finding, check_counts, compare_cases, fingerprint, relative
-from dataset.scan_files import read_file
+from dataset import care as rectum
+from dataset.scans.files import read_file
+from dataset.verify.scans import (
+    Checked,
+    Finding,
+    check_counts,
+    compare_cases,
+    fingerprint,
+    relative,
+)
 
 STORED_HU = (-1.0, 2.0)  # the release's images lie about [0, 1]
 

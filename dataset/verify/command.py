@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.checks import Checked, Finding, ScanJob, check_scan, compare_cases, relative
-from dataset.checks_care import check_care
-from dataset.checks_store import check_store
-from dataset.checks_volumes import check_volume_store
 from dataset.parallel import default_workers, each_case
-from dataset.sources import LAYOUTS, Source, find_source, guess_layout
-from dataset.volume_store import FORMAT
+from dataset.prepare.sources import LAYOUTS, Source, find_source, guess_layout
+from dataset.store.volumes import FORMAT
+from dataset.verify.care import check_care
+from dataset.verify.scans import Checked, Finding, ScanJob, check_scan, compare_cases, relative
+from dataset.verify.slices import check_store
+from dataset.verify.volumes import check_volume_store
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,7 +156,3 @@ def _unpaired(source: Source) -> Iterator[Finding]:
         # Releases keep the labels of test scans back; elsewhere a label has been lost.
         level = "odd" if path.parent.name.endswith("Ts") else "wrong"
         yield Finding(level, relative(path, source.root), "image without a label of its name")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,10 +15,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from dataset.scan_files import read_header
-from dataset.scan_header import ScanHeader
-from dataset.scans import geometry_difference, read_label, read_scan
-from dataset.sources import CaseFiles
+from dataset.prepare.sources import CaseFiles
+from dataset.scans.files import read_header
+from dataset.scans.header import ScanHeader
+from dataset.scans.upright import geometry_difference, read_label, read_scan
 
 TINY = 10  # voxels; fewer of a class are more often a slip of the pen than an organ
 AIR_HU = (-2048.0, -500.0)  # between these lies the lowest value of a CT in HU

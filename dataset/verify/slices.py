@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.checks import (
+from dataset.store.slices import MAX_INDEX_BYTES, SliceStore
+from dataset.verify.scans import (
     Checked,
     Finding,
     StoreJob,
@@ -21,7 +22,6 @@ from dataset.checks import (
     fingerprint,
     without_folder,
 )
-from dataset.slices import MAX_INDEX_BYTES, SliceStore
 
 PARTIAL = ("care", "phantom")  # sources that hold cases without foreground on purpose
 

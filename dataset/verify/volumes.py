@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dataset.checks import (
+from dataset.store.volumes import VolumeStore, measured
+from dataset.verify.scans import (
     Checked,
     Finding,
     StoreJob,
@@ -20,7 +21,6 @@ from dataset.checks import (
     fingerprint,
     without_folder,
 )
-from dataset.volume_store import VolumeStore, measured
 
 
 def check_volume_store(

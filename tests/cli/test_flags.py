@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from dataset import DATASETS
-from dataset.slices import write_case, write_index
-from tests.command import (
+from dataset.store.slices import write_case, write_index
+from tests.conftest import ROOT
+from tests.helpers.command import (
     SCRIPT,
 )
-from tests.conftest import ROOT
-from usam import flag_groups, flags
+from usam.cli import flag_groups, flags
 
 PUBLISHED_FLAGS = {
     "--prompt_mode", "--warmup", "--lr", "--lr_vit", "--lr_backbone", "--batch_size",
@@ -46,8 +46,8 @@ def test_published_commands_parse(command: str) -> None:
 
 
 def test_every_flag_is_read() -> None:
-    readers = ("u-sam.py", "training.py", "evaluation.py", "sam_med3d.py")
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in readers)
+    readers = [ROOT / "u-sam.py", *(ROOT / "usam").rglob("*.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in readers)
     unread = [
         name
         for name in vars(flags.parse_flags(DATASETS, []))

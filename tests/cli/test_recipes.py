@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 from dataset import DATASETS, transforms
 from dataset.transforms import StrongDraws
-from tests.command import TINY, assert_same_run, run
-from usam import flags
-from usam.distributed import Favoured, TrainingBatches
-from usam.losses import balanced_weights, focal_loss, segmentation_loss
-from usam.recipes import RECIPES, class_weights, jitter_pixels
+from tests.helpers.command import TINY, assert_same_run, run
+from usam.cli import flags
+from usam.cli.recipes import RECIPES, class_weights, jitter_pixels
+from usam.runtime.distributed import Favoured, TrainingBatches
+from usam.training.losses import balanced_weights, focal_loss, segmentation_loss
 
 EVERYTHING = (
     "--recipe", "strong", "--augment", "strong", "--foreground_share", "50%", "--ema", "0.9",
@@ -206,7 +206,7 @@ def test_strong_draws_keep_their_ranges_and_repeat() -> None:
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`whole`, a run with every option, and `short`, the same ended after one epoch of three."""
-    from usam.run_folder import RunFolder
+    from usam.training.run_folder import RunFolder
 
     folder = tmp_path_factory.mktemp("runs")
     save = RunFolder.save

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import layouts
-from tests.command import (
+from tests.helpers import layouts
+from tests.helpers.command import (
     AGAIN,
     SCRIPT,
     TINY,
@@ -24,8 +24,8 @@ from tests.command import (
     launch,
     run,
 )
-from tests.layouts import slice_store
-from usam import checkpoint
+from tests.helpers.layouts import slice_store
+from usam.training import checkpoint
 
 
 @pytest.mark.parametrize(

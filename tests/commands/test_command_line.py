@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from dataset import phantom
-from tests.command import (
+from dataset.phantom import pelvis as phantom
+from tests.helpers.command import (
     AGAIN,
     EPOCHS,
     RUN_FILES,
@@ -35,8 +35,8 @@ from tests.command import (
     launch,
     run,
 )
-from tests.layouts import slice_store
-from usam.run_folder import RunFolder
+from tests.helpers.layouts import slice_store
+from usam.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dataset.splits import split_table, write_json
-from tests.command import TINY, assert_refused, run
-from tests.layouts import slice_store
+from tests.helpers.command import TINY, assert_refused, run
+from tests.helpers.layouts import slice_store
 
 pytest.importorskip("monai")
 SHORT = (*TINY, "--epochs", "1", "--batch_size", "4", "--dataset", "store")

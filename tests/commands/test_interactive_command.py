@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import phantom3d
+from dataset.phantom import belly as phantom3d
 from tests.conftest import ROOT
-from usam import flags
-from usam.model3d import SamMed3d, build_sam_med3d
+from usam.cli import flags
+from usam.models.sam_med3d import SamMed3d, build_sam_med3d
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_killed_run_resumes_to_the_same_end(
 def test_evaluation_leaves_scores_and_curves(
     usam_py: ModuleType, store: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("usam.windows3d.MAX_WINDOWS", 2)
+    monkeypatch.setattr("usam.prediction.windows.MAX_WINDOWS", 2)
     run(
         usam_py, "--eval", "--resume", whole / "best.pth", "--dataset", "volumes", "--data_root",
         store, "--classes", "aorta", "--output_dir", tmp_path,

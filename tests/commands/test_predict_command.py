@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from dataset import DATASETS
-from dataset.scan_slices import find_scans, output_names
+from dataset.scans.slices import find_scans, output_names
 from tests.conftest import ROOT
-from tests.oracle import (
+from tests.helpers.oracle import (
     DEPTH,
     SIDE,
     coded,
@@ -26,9 +26,9 @@ from tests.oracle import (
     turned,
     write,
 )
-from usam import checkpoint
-from usam.flags import parse_flags
-from usam.model import build_usam
+from usam.cli.flags import parse_flags
+from usam.models.usam import build_usam
+from usam.training import checkpoint
 
 ON_CPU = ("--device", "cpu", "--amp", "off")
 

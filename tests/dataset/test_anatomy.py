@@ -9,10 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dataset import anatomy, build_dataset, prepare, word
-from dataset.anatomy_tissue import Field, Patient, organ_of, scanner_noise
-from dataset.scans import read_label, to_canonical
-from dataset.slices import SliceStore
+from dataset import build_dataset, word
+from dataset.phantom import anatomy
+from dataset.phantom.tissue import Field, Patient, organ_of, scanner_noise
+from dataset.prepare import command as prepare
+from dataset.scans.upright import read_label, to_canonical
+from dataset.store.slices import SliceStore
 
 LIVER, STOMACH, BLADDER = 1, 5, 14
 AFFINE = np.array([[-1.5, 0, 0, 90], [0, -1.5, 0, 60], [0, 0, 2.5, -40], [0, 0, 0, 1]])

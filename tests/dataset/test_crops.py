@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dataset.crops import box_origin, click_origin, crop_at, crop_reader, normalise, overlap
-from dataset.scans import read_label
-from dataset.volume_scans import ScanVolume, grid_of, read_label_volume, read_volume
-from tests.volume_layouts import blob, save_as, stored_as
+from dataset.scans.upright import read_label
+from dataset.scans.volumes import ScanVolume, grid_of, read_label_volume, read_volume
+from tests.helpers.volume_layouts import blob, save_as, stored_as
 
 SCANS = {
     "aorta_0001": "volumes/aorta/ct_totalseg/{}Tr/aorta_0001.nii.gz",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dataset import build_dataset
-from dataset.slices import SliceStore, write_case, write_index
 from dataset.splits import read_fold, split_table, write_json
-from usam.manifest import differences
+from dataset.store.slices import SliceStore, write_case, write_index
+from usam.training.manifest import differences
 
 
 @pytest.fixture

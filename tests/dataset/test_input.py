@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dataset import build_dataset
-from dataset.scan_slices import ScanSlices
-from dataset.slice_dataset import CLIP_LIMITS, SliceDataset, equalize, neighbours
-from dataset.slices import SliceStore, write_case, write_index
-from tests.command import TINY, run
-from usam.prompts import MIXED
-from usam.scan_prompts import ScanPrompts, slice_prompts
+from dataset.scans.slices import ScanSlices
+from dataset.slices import CLIP_LIMITS, SliceDataset, equalize, neighbours
+from dataset.store.slices import SliceStore, write_case, write_index
+from tests.helpers.command import TINY, run
+from usam.models.prompts import MIXED
+from usam.prediction.prompts import ScanPrompts, slice_prompts
 
 SIDE, NUM_SLICES = 128, 5
 LISTED = [True, False, True, True, False]

@@ -14,12 +14,13 @@ import torch
 from scipy import ndimage
 from torch.utils.data import default_collate
 
-from dataset import build_dataset, phantom
-from dataset.slices import SliceStore
+from dataset import build_dataset
+from dataset.phantom import pelvis as phantom
+from dataset.store.slices import SliceStore
 from dataset.transforms import augment
-from usam.losses import segmentation_loss
-from usam.metrics import ClassCounts
-from usam.model import build_usam
+from usam.evaluation.metrics import ClassCounts
+from usam.models.usam import build_usam
+from usam.training.losses import segmentation_loss
 
 NORMAL, TUMOUR = 1, 2
 

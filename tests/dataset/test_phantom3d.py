@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dataset import build_volumes, open_volumes
-from dataset.phantom3d import CLASSES, GUT, SIZE, affine, build, draw_case
+from dataset.phantom.belly import CLASSES, GUT, SIZE, affine, build, draw_case
 
 RECIPE = {"train_cases": 3, "val_cases": 1, "test_cases": 2}
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from dataset import build_dataset, open_store, rectum
-from dataset.rectum import read_boxes, read_slice
+from dataset import build_dataset, open_store
+from dataset import care as rectum
+from dataset.care import read_boxes, read_slice
 
 CSV = "name,bbox\n{}\n"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.rectum import read_slice
-from tests.test_rectum import write_npz
+from dataset.care import read_slice
+from tests.dataset.test_rectum import write_npz
 
 GOOD = np.zeros((4, 4))
 

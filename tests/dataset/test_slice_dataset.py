@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import DATASETS, build_dataset
-from dataset.slice_dataset import SliceDataset, equalize, resize_mask, split_slices
-from dataset.slices import SliceStore, write_case, write_index
-from tests.test_slices import index_of, make_store
+from dataset.slices import SliceDataset, equalize, resize_mask, split_slices
+from dataset.store.slices import SliceStore, write_case, write_index
+from tests.dataset.test_slices import index_of, make_store
 
 
 def test_an_item_is_uint8_and_the_same_every_time(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.slices import SliceStore, move_into_place, npy_header, write_case, write_index
+from dataset.store.slices import SliceStore, move_into_place, npy_header, write_case, write_index
 
 CLASSES = [{"id": i, "name": n, "color": "#000000"} for i, n in enumerate(["background", "a", "b"])]
 
@@ -198,7 +198,7 @@ def test_only_a_store_is_ever_replaced(tmp_path: Path) -> None:
 
 
 def test_a_store_pickles_without_its_maps_and_keeps_few_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dataset.slices.MAX_OPEN_CASES", 2)
+    monkeypatch.setattr("dataset.store.slices.MAX_OPEN_CASES", 2)
     store = SliceStore(make_store(tmp_path))
     small = len(pickle.dumps(store))
     for number in range(6):

@@ -12,11 +12,11 @@ import torch
 
 from dataset import build_dataset, build_volumes, open_volumes
 from dataset.crops import box_origin, crop_at
-from dataset.slices import SliceStore
-from dataset.volume_scans import read_volume
-from dataset.volume_store import VolumeStore, write_volume, write_volume_index
+from dataset.scans.volumes import read_volume
+from dataset.store.slices import SliceStore
+from dataset.store.volumes import VolumeStore, write_volume, write_volume_index
 from dataset.volumes import split_cases
-from tests.volume_layouts import blob, layout, prepared, save_as, scan
+from tests.helpers.volume_layouts import blob, layout, prepared, save_as, scan
 
 
 @pytest.fixture(scope="module")

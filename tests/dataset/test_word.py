@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dataset import build_dataset, word
-from dataset.slice_dataset import resize_mask
-from dataset.slices import write_case, write_index
+from dataset.slices import resize_mask
+from dataset.store.slices import write_case, write_index
 
 
 def make_word_store(folder: Path, *, num_classes: int = 17, side: int = 512) -> Path:

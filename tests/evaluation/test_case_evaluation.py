@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dataset.slice_dataset import SliceDataset
-from dataset.slices import SliceStore, write_case, write_index
-from tests.toy import FLOAT32
-from usam import case_evaluation, case_shards, engine
-from usam.case_evaluation import NUM_WORST, evaluate_cases, known_spacings, shown_box
-from usam.case_shards import CaseShard, gather_texts
-from usam.loaders import evaluation_loader
+from dataset.slices import SliceDataset
+from dataset.store.slices import SliceStore, write_case, write_index
+from tests.helpers.toy import FLOAT32
+from usam.evaluation import cases as case_evaluation
+from usam.evaluation.cases import NUM_WORST, evaluate_cases, known_spacings, shown_box
+from usam.runtime import case_shards
+from usam.runtime.case_shards import CaseShard, gather_texts
+from usam.runtime.loaders import evaluation_loader
+from usam.training import engine
 
 pytest.importorskip("monai")
 HOW = {"prompt_mode": 0, "precision": FLOAT32}

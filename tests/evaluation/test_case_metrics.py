@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from usam import surface
-from usam.case_metrics import (
+from usam.evaluation import surfaces as surface
+from usam.evaluation.case_metrics import (
     MEAN,
     METRICS,
     Part,
@@ -21,7 +21,7 @@ from usam.case_metrics import (
     score_class,
     summarize,
 )
-from usam.surface import surface_distances
+from usam.evaluation.surfaces import surface_distances
 
 SPACINGS = [(3.0, 0.977, 0.977), (5.0, 0.7, 0.7), (2.5, 0.8, 0.8), (0.5, 2.0, 1.3), (1.0, 1.0, 1.0)]
 

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from usam import html_report, merged_report, report
-from usam.case_evaluation import CaseScores
-from usam.case_metrics import METRICS, score_class
-from usam.case_report import CaseReport, cases_csv, rules, write_report
-from usam.metrics import ClassCounts
+from usam.evaluation import html_report, report
+from usam.evaluation import merge as merged_report
+from usam.evaluation.case_metrics import METRICS, score_class
+from usam.evaluation.case_report import CaseReport, cases_csv, rules, write_report
+from usam.evaluation.cases import CaseScores
+from usam.evaluation.metrics import ClassCounts
 
 pytest.importorskip("monai")
 CLASSES = ["background", "normal <rectum>", "tumour | T3"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_losses import usam_case
-from usam.metrics import ClassCounts, format_table, rank_score
+from tests.training.test_losses import usam_case
+from usam.evaluation.metrics import ClassCounts, format_table, rank_score
 
 NAMES = ["background", "rectum", "tumour"]
 

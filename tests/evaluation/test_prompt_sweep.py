@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.toy import FLOAT32, SIDE, Slices, Toy
-from usam import engine
-from usam.metrics import ClassCounts
-from usam.prompt_sweep import (
+from tests.helpers.toy import FLOAT32, SIDE, Slices, Toy
+from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.prompt_sweep import (
     JITTERS,
     Swept,
     move_prompts,
@@ -19,7 +18,8 @@ from usam.prompt_sweep import (
     sweep_prompts,
     sweep_table,
 )
-from usam.prompts import prompts_from_masks
+from usam.models.prompts import prompts_from_masks
+from usam.training import engine
 
 CLASSES = ["background", "organ", "tumour"]
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from usam import report, visualize
-from usam.metrics import ClassCounts
-from usam.visualize import OPACITY, blend, save_overlay
+from usam.evaluation import report
+from usam.evaluation.metrics import ClassCounts
+from usam.runtime import figures as visualize
+from usam.runtime.figures import OPACITY, blend, save_overlay
 
 CLASSES = ["background", "normal rectum", "tumour"]
 COLORS = ["#000000", "#00ff00", "#ff0000"]

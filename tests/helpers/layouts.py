@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from dataset.slices import write_case, write_index
+from dataset.store.slices import write_case, write_index
 
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
 SHAPE = (24, 20, 6)

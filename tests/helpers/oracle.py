@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.scan_slices import ScanSlices
-from usam.engine import Precision
-from usam.predict import Predictor, predict_scans
-from usam.scan_prompts import ScanPrompts
+from dataset.scans.slices import ScanSlices
+from usam.prediction.prompts import ScanPrompts
+from usam.prediction.slices import Predictor, predict_scans
+from usam.training.engine import Precision
 
 SIDE, DEPTH = 12, 7
 WINDOW = (-160.0, 240.0)

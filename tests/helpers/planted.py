@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from tests import layouts
+from tests.helpers import layouts
 
 IMAGE, LABEL = "imagesTr/word_0002.nii.gz", "labelsTr/word_0002.nii.gz"
 SLICE, CSV = "train/train_npz/case1_slice1.npz", "train/train_bbox.csv"

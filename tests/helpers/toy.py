@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from usam.distributed import TrainingBatches
-from usam.engine import Precision, Recipe, build_optimizer, train_one_epoch
-from usam.losses import segmentation_loss
+from usam.runtime.distributed import TrainingBatches
+from usam.training.engine import Precision, Recipe, build_optimizer, train_one_epoch
+from usam.training.losses import segmentation_loss
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, None)

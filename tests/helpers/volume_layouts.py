@@ -7,8 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from dataset.prepare import main
-from dataset.volume_store import VolumeStore
+from dataset.prepare.command import main
+from dataset.store.volumes import VolumeStore
 
 SPACING = (1.2, 1.5, 2.0)
 SHAPE = (40, 34, 26)

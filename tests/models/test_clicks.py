@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_prompts import seed
-from usam.prompts import largest_error_click, next_clicks
+from tests.models.test_prompts import seed
+from usam.models.prompts import largest_error_click, next_clicks
 
 
 def cube(shape, low, high):

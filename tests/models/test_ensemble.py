@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.toy import SIDE, Toy
-from usam.ensemble import (
+from tests.helpers.toy import SIDE, Toy
+from usam.models.ensemble import (
     VIEWS,
     Averaged,
     check_members,
@@ -19,7 +19,7 @@ from usam.ensemble import (
     turned_back,
     turned_prompts,
 )
-from usam.prompts import boxes_from_masks
+from usam.models.prompts import boxes_from_masks
 
 
 class Marked(nn.Module):

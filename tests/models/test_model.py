@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fill import fill, image
-from usam.model import USam, build_usam
+from tests.helpers.fill import fill, image
+from usam.models.usam import USam, build_usam
 
 FROZEN = "sam.prompt_encoder.point_embeddings.0.weight"
 PUBLISHED_PARAMETERS = 104_155_791

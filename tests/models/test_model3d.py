@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from usam import model3d
-from usam.model3d import build_sam_med3d, rounds_without_click
+from usam.models import sam_med3d as model3d
+from usam.models.sam_med3d import build_sam_med3d, rounds_without_click
 
 A, B = [40, 7, 9], [10, 20, 61]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fill import fill_state_dict, image
-from usam.model3d import build_sam_med3d
+from tests.helpers.fill import fill_state_dict, image
+from usam.models.sam_med3d import build_sam_med3d
 
 A, B = [40, 70, 90], [100, 20, 61]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from usam.prompts import (
+from usam.models.prompts import (
     boxes_from_masks,
     jittered,
     next_clicks,

@@ -21,10 +21,10 @@ from segment_anything.modeling import (
 )
 from torch import nn
 
-from tests.test_model import BOXES, MODES, POINTS
-from usam import sam_file
-from usam.model import USam, build_usam
-from usam.sam_vit import SAM_MODELS
+from tests.models.test_model import BOXES, MODES, POINTS
+from usam.models.sam_encoder import SAM_MODELS
+from usam.models.usam import USam, build_usam
+from usam.weights import sam as sam_file
 
 SIDE = 64
 

@@ -12,7 +12,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from usam.sam_vit import SAM_MODELS, SamViT, attention, key_positions, padding_logit
+from usam.models.sam_encoder import SAM_MODELS, SamViT, attention, key_positions, padding_logit
 
 SIZE = SAM_MODELS["vit_tiny"]
 

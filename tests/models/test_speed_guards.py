@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.transforms import augment
-from usam.engine import FiniteGuard, segmentation_step
-from usam.losses import segmentation_loss
-from usam.model import USam, build_usam
-from usam.prompts import PROMPT_MODES, prompts_from_masks
+from usam.models.prompts import PROMPT_MODES, prompts_from_masks
+from usam.models.usam import USam, build_usam
+from usam.training.engine import FiniteGuard, segmentation_step
+from usam.training.losses import segmentation_loss
 
 META = torch.device("meta")
 PUBLISHED_GFLOP = 50.3, 150.5  # forward, with backward; an image of 224 x 224, ViT-B, 3 classes

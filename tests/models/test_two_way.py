@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from usam import weights
-from usam.model import build_usam
-from usam.model3d import build_sam_med3d
+from usam.models.sam_med3d import build_sam_med3d
+from usam.models.usam import build_usam
+from usam.weights import usam as weights
 
 
 def looked_at(attention, token, places) -> torch.Tensor:

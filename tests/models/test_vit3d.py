@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.fill import fill
-from usam import vit3d
-from usam.vit3d import Block3d, ImageEncoder3d
+from tests.helpers.fill import fill
+from usam.models import sam_med3d_encoder as vit3d
+from usam.models.sam_med3d_encoder import Block3d, ImageEncoder3d
 
 BLOCKS = {"w7": ((4, 4, 4), 7), "g4": ((4, 4, 4), 4), "w3": ((4, 4, 4), 3), "w4": ((3, 5, 4), 4)}
 TINY = {"dim": 24, "num_heads": 2, "out_dim": 12, "rel_pos": "published"}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.scan_slices import ScanSlices
-from tests.oracle import (
+from dataset.scans.slices import ScanSlices
+from tests.helpers.oracle import (
     CODES,
     DEPTH,
     SIDE,
@@ -26,8 +26,8 @@ from tests.oracle import (
     turned,
     write,
 )
-from usam.predict import prepared, to_native
-from usam.scan_output import count_voxels, keep_largest
+from usam.prediction.output import count_voxels, keep_largest
+from usam.prediction.slices import prepared, to_native
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -110,10 +110,10 @@ def test_a_probability_outside_the_box_is_background_for_certain():
 
 
 def test_a_scan_is_prepared_as_the_dataset_prepares_its_store(tmp_path):
-    from dataset.prepare import main as prepare
-    from dataset.slice_dataset import SliceDataset
-    from dataset.slices import SliceStore
-    from tests import layouts
+    from dataset.prepare.command import main as prepare
+    from dataset.slices import SliceDataset
+    from dataset.store.slices import SliceStore
+    from tests.helpers import layouts
 
     raw = layouts.word(tmp_path / "raw", {"Tr": [1]})
     for number, how in enumerate(([], ["--spacing", "1.5", "--clahe"], ["--window", "percentile"])):
@@ -171,7 +171,7 @@ def test_the_largest_piece_of_each_class_is_kept():
 
 
 def test_a_montage_spreads_over_the_foreground_and_shows_most_of_it(tmp_path, monkeypatch):
-    from usam import scan_output
+    from usam.prediction import output as scan_output
 
     seen = []
     monkeypatch.setattr(

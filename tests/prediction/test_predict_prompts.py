@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.oracle import (
+from tests.helpers.oracle import (
     CODES,
     DEPTH,
     SIDE,
@@ -22,7 +22,7 @@ from tests.oracle import (
     turned,
     write,
 )
-from usam.scan_prompts import ScanPrompts, prompts_from_flags, read_prompts
+from usam.prediction.prompts import ScanPrompts, prompts_from_flags, read_prompts
 
 
 @pytest.mark.parametrize("codes", CODES)

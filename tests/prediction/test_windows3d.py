@@ -15,24 +15,24 @@ from scipy import ndimage
 from torch import Tensor
 
 from dataset.crops import click_origin, crop_at
-from usam.engine import Precision
-from usam.evaluate3d import (
+from usam.evaluation.clicks import (
     Item,
     evaluate_objects,
     format_clicks,
     simulated_clicks,
     write_report,
 )
-from usam.model3d import build_sam_med3d
-from usam.predict3d import (
+from usam.evaluation.surfaces import surface_dice
+from usam.models.sam_med3d import build_sam_med3d
+from usam.prediction.volumes import (
     ObjectPrompts,
     VolumePrompts,
     prompts3d_from_flags,
     read_prompts3d,
     segment,
 )
-from usam.surface import surface_dice
-from usam.windows3d import Encoder, Session, deepest_of_pieces, window_weight
+from usam.prediction.windows import Encoder, Session, deepest_of_pieces, window_weight
+from usam.training.engine import Precision
 
 CPU = Precision(torch.device("cpu"), None)
 SIDE = 32
@@ -122,7 +122,7 @@ def test_growth_stops_at_the_end_of_the_volume() -> None:
 
 
 def test_growth_has_a_limit_and_says_so(tube, monkeypatch) -> None:
-    monkeypatch.setattr("usam.windows3d.MAX_WINDOWS", 2)
+    monkeypatch.setattr("usam.prediction.windows.MAX_WINDOWS", 2)
     session = Session(encoder_of(tube))
     session.click((20, 20, 12), 1)
     assert session.num_windows == 3 and session.stopped_early

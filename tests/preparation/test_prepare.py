@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 from dataset import build_dataset
-from dataset.prepare import main
-from dataset.slices import SliceStore
+from dataset.prepare.command import main
 from dataset.splits import cross_validation, hold_out
-from tests import layouts
+from dataset.store.slices import SliceStore
+from tests.helpers import layouts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare(source: str, root: Path, output: Path, *flags: str) -> SliceStore:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dataset import build_volumes, open_volumes
-from dataset.prepare import main
-from dataset.volume_scans import read_volume
-from tests.volume_layouts import layout, prepared, scan
+from dataset.prepare.command import main
+from dataset.scans.volumes import read_volume
+from tests.helpers.volume_layouts import layout, prepared, scan
 
 
 def refused(capsys, *arguments: object) -> str:

@@ -14,8 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dataset import rectum
-from dataset.scans import (
+from dataset import care as rectum
+from dataset.scans.upright import (
     Volume,
     apply_window,
     body_box,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset.prepare import main as prepare
-from dataset.verify import main, verify
-from tests import layouts
-from tests.planted import FAULTS, IMAGE, ODDITIES
+from dataset.prepare.command import main as prepare
+from dataset.verify.command import main, verify
+from tests.helpers import layouts
+from tests.helpers.planted import FAULTS, IMAGE, ODDITIES
 
 
 @pytest.fixture(scope="module")

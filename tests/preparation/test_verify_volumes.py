@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dataset.prepare import main as prepare
-from dataset.verify import main, verify
-from tests.volume_layouts import SPACING, blob
+from dataset.prepare.command import main as prepare
+from dataset.verify.command import main, verify
+from tests.helpers.volume_layouts import SPACING, blob
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from benchmarks import evidence
 from benchmarks.evidence import RECIPES, SEEDS, Setting
 from dataset import DATASETS, VOLUMES
 from tests.conftest import ROOT
-from usam import flags
+from usam.cli import flags
 
 
 def write_run(output: Path, setting: Setting, dice: dict[str, float]) -> Path:

@@ -13,20 +13,20 @@ import pytest
 import torch
 
 from dataset import SliceStore, open_store
-from dataset.scan_slices import find_scans
-from dataset.slices import write_case, write_index
-from dataset.sources import find_source
-from dataset.volume_sources import find_volumes
-from tests import layouts, volume_layouts
+from dataset.prepare.sources import find_source
+from dataset.prepare.volume_sources import find_volumes
+from dataset.scans.slices import find_scans
+from dataset.store.slices import write_case, write_index
 from tests.conftest import ROOT
-from tests.layouts import slice_store
+from tests.helpers import layouts, volume_layouts
+from tests.helpers.layouts import slice_store
 from tests.stress import ranks, saves, tiny_run
 from tests.stress.digest import run_digest
 from tests.stress.injector import Injector, Operation, raising, wait_for
 from tests.stress.strikes import Strike
-from usam import checkpoint
-from usam.metrics import ClassCounts
-from usam.run_folder import RunFolder
+from usam.evaluation.metrics import ClassCounts
+from usam.training import checkpoint
+from usam.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,9 +69,10 @@ def test_every_fault_has_tests_that_exist() -> None:
         file = ""
         for given, name in names:
             file = given or file
-            source = ROOT / "tests" / f"{name}.py"  # a whole file, or a test of the last one named
-            wanted = "" if source.exists() else f"def {name}("
-            source = source if source.exists() else ROOT / "tests" / f"{file}.py"
+            whole = list((ROOT / "tests").rglob(f"{name}.py"))  # else a test of the last file named
+            source, *others = whole or (ROOT / "tests").rglob(f"{file}.py")
+            assert not others, f"two files of one name: {source} {others}"
+            wanted = "" if whole else f"def {name}("
             assert wanted in source.read_text(encoding="utf-8"), f"{row[1]}: {file}::{name}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dataset import DATASETS, VOLUMES
 from tests.conftest import ROOT
-from usam import flags
+from usam.cli import flags
 
 
 def code_blocks(text: str) -> list[str]:

@@ -18,22 +18,19 @@ import pytest
 import torch
 
 from dataset import SliceStore, VolumeStore
-from dataset.sources import find_source
-from dataset.verify import main as verify
-from tests import layouts
+from dataset.prepare.sources import find_source
+from dataset.verify.command import main as verify
 from tests.conftest import ROOT
-from tests.layouts import slice_store
+from tests.helpers import layouts
+from tests.helpers.layouts import slice_store
 from tests.stress import tiny_run
+from tests.stress.hostile.stores import make_slices, make_volumes
 from tests.stress.injector import in_a_child, wait_for
-from tests.stress.stores import make_slices, make_volumes
-from usam import checkpoint
-from usam.torch_files import check_content, read_file
+from usam.training import checkpoint
+from usam.weights.torch_files import check_content, read_file
 
 SOURCES = sorted(
-    path
-    for folder in (ROOT, ROOT / "usam", ROOT / "dataset")
-    for path in folder.glob("*.py")
-    if path.name != "conftest.py"
+    path for pattern in ("*.py", "usam/**/*.py", "dataset/**/*.py") for path in ROOT.glob(pattern)
 )
 NAME = "DOE^JANE"
 NETWORK = {"urllib", "http", "socket", "requests", "ftplib", "smtplib", "ssl", "xmlrpc", "aiohttp"}
@@ -75,7 +72,7 @@ def is_given(call: ast.Call, name: str, value: object) -> bool:
 def test_only_the_download_of_sams_weights_knows_the_network() -> None:
     assert len(SOURCES) > 40
     found = {path.name for path in SOURCES if imports(path) & NETWORK}
-    assert found == {"sam_file.py"}
+    assert found == {"sam.py"}
 
 
 def test_nothing_is_unpickled_evaluated_or_run() -> None:

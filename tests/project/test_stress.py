@@ -17,11 +17,11 @@ import torch
 
 from tests.stress import cost, counts, files, ranks, resume, saves
 from tests.stress.digest import PARTS, leaves, state_digest
+from tests.stress.hostile.kinds import Kind
 from tests.stress.injector import Injector, Moment, in_a_child, raising, wait_for
-from tests.stress.kinds import Kind
 from tests.stress.rows import Row, summary
 from tests.stress.strikes import Strike
-from usam import checkpoint
+from usam.training import checkpoint
 
 
 def assert_good(row: Row) -> None:

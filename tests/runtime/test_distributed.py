@@ -19,12 +19,13 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.toy import CPU, FLOAT32, Slices, Toy, one_group, train, training_loader
-from usam import distributed, engine
-from usam.distributed import EvaluationShard, TrainingBatches
-from usam.engine import Progress, Recipe, segmentation_step, step_generator
-from usam.model import build_usam
-from usam.prompts import MIXED, mixed_mode
+from tests.helpers.toy import CPU, FLOAT32, Slices, Toy, one_group, train, training_loader
+from usam.models.prompts import MIXED, mixed_mode
+from usam.models.usam import build_usam
+from usam.runtime import distributed
+from usam.runtime.distributed import EvaluationShard, TrainingBatches
+from usam.training import engine
+from usam.training.engine import Progress, Recipe, segmentation_step, step_generator
 
 COUNTS = range(1, 10)  # samples
 WORLDS = (1, 2, 3)

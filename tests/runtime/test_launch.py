@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.toy import CPU
-from usam import distributed
+from tests.helpers.toy import CPU
+from usam.runtime import distributed
 
 
 def test_a_slurm_job_of_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import SCRIPT, TRAINED, environment, free_port
 from tests.conftest import ROOT
+from tests.helpers.command import SCRIPT, TRAINED, environment, free_port
 
 WITHIN = 15  # seconds
 # u-sam.py, in which one rank fails in the second call of a function, and another may be busy then.
 FAULTY = f"""
 import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from usam import checkpoint, engine
+from usam.training import checkpoint
+from usam.training import engine
 kind, place, rank, busy = os.environ["FAULT"].split()
 owner = checkpoint if place == "save" else engine
 real, calls = getattr(owner, place), iter(range(100))

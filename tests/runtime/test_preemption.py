@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.command import (
+from tests.helpers.command import (
     SCRIPT,
     TRAINED,
     Result,
@@ -29,13 +29,14 @@ from tests.command import (
     free_port,
     run,
 )
-from tests.layouts import slice_store
-from tests.toy import Slices
-from usam import engine, preemption
-from usam.checkpoint import BackgroundSaver
-from usam.loaders import loader_for
-from usam.preemption import SIGNALS, STOPPED, StopRequest, Watched
-from usam.run_folder import RunFolder
+from tests.helpers.layouts import slice_store
+from tests.helpers.toy import Slices
+from usam.runtime import signals as preemption
+from usam.runtime.loaders import loader_for
+from usam.runtime.signals import SIGNALS, STOPPED, StopRequest, Watched
+from usam.training import engine
+from usam.training.checkpoint import BackgroundSaver
+from usam.training.run_folder import RunFolder
 
 Flags = Callable[[Path], list[str]]
 

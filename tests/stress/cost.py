@@ -20,13 +20,14 @@ from torch import nn
 from tests.stress.counts import free_port, join
 from tests.stress.injector import in_a_child, wait_for
 from tests.stress.rows import Row
-from usam import checkpoint, distributed
-from usam.checkpoint import BackgroundSaver, to_cpu
-from usam.engine import build_optimizer
-from usam.finite_guard import FiniteGuard
-from usam.losses import segmentation_loss
-from usam.model import USam, build_usam
-from usam.preemption import StopRequest
+from usam.models.usam import USam, build_usam
+from usam.runtime import distributed
+from usam.runtime.signals import StopRequest
+from usam.training import checkpoint
+from usam.training.checkpoint import BackgroundSaver, to_cpu
+from usam.training.engine import build_optimizer
+from usam.training.finite_guard import FiniteGuard
+from usam.training.losses import segmentation_loss
 
 MAX_SAVE = 1.1  # times torch.save and fsync
 MAX_GUARD = 0.01  # of a step

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.toy import FLOAT32, SIDE, Slices, Toy
 from tests.stress.injector import in_a_child, wait_for
 from tests.stress.rows import Row
-from tests.toy import FLOAT32, SIDE, Slices, Toy
-from usam import distributed, engine
-from usam.loaders import evaluation_loader
+from usam.runtime import distributed
+from usam.runtime.loaders import evaluation_loader
+from usam.training import engine
 
 BATCH = 3
 WORLDS = (1, 2, 3, 4)

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.stress.hostile.kinds import Kind, all_kinds
 from tests.stress.injector import in_a_child, wait_for
-from tests.stress.kinds import Kind, all_kinds
 from tests.stress.rows import Row
 
 SPARE_BYTES = 1 << 30

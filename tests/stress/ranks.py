@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tests.layouts import slice_store
+from tests.helpers.layouts import slice_store
 from tests.stress.injector import in_a_child
 from tests.stress.rows import Row
 from tests.stress.strikes import ERRORS, PLACES, Strike, in_variable

@@ -19,13 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.layouts import slice_store
+from tests.helpers.layouts import slice_store
 from tests.stress.digest import differences, run_digest
 from tests.stress.injector import wait_for
 from tests.stress.rows import Row
 from tests.stress.strikes import Strike, in_variable
 from tests.stress.tiny_run import FLAGS, ROOT, SMALL, start, warm_up
-from usam.preemption import STOPPED
+from usam.runtime.signals import STOPPED
 
 EPOCHS = 3
 STEPS = 24  # batches of a run on one process: 8 an epoch, optimizer steps after 3, 3 and 2

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
+from tests.helpers.toy import FLOAT32, Toy, one_group
 from tests.stress.injector import Injector, Moment, in_a_child, kill_self, wait_for
 from tests.stress.power import disks
 from tests.stress.rows import Row
-from tests.toy import FLOAT32, Toy, one_group
-from usam import checkpoint
-from usam.engine import Progress
-from usam.run_folder import RunFolder
-from usam.weights import read_checkpoint
+from usam.training import checkpoint
+from usam.training.engine import Progress
+from usam.training.run_folder import RunFolder
+from usam.weights.usam import read_checkpoint
 
 SAVES_BY_TIME = 6  # that a child makes before it ends by itself
 SHARE_BY_TIME = 0.2  # of the kills: at a random time rather than at a chosen operation

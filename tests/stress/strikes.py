@@ -21,8 +21,8 @@ import torch
 
 from tests.stress.injector import Injector, Moment, on_call
 from tests.stress.tiny_run import as_main
-from usam import engine
-from usam.run_folder import RunFolder
+from usam.training import engine
+from usam.training.run_folder import RunFolder
 
 VARIABLE = "STRESS_STRIKE"
 PLACES = ("forward", "backward", "evaluation", "save")

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.helpers.toy import Toy
 from tests.stress.counts import free_port
 from tests.stress.injector import in_a_child
-from tests.toy import Toy
-from usam import weights
+from usam.weights import usam as weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "u-sam.py"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.toy import Slices, Toy, one_group, train, training_loader
-from usam.average import WeightAverage, averaged
-from usam.engine import Progress
+from tests.helpers.toy import Slices, Toy, one_group, train, training_loader
+from usam.training.ema import WeightAverage, averaged
+from usam.training.engine import Progress
 
 
 def test_the_average_by_hand() -> None:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.toy import FLOAT32, Toy, one_group
-from usam import checkpoint
-from usam.average import WeightAverage
-from usam.checkpoint import BackgroundSaver
-from usam.engine import Progress
-from usam.run_folder import RunFolder, run_state
+from tests.helpers.toy import FLOAT32, Toy, one_group
+from usam.training import checkpoint
+from usam.training.checkpoint import BackgroundSaver
+from usam.training.ema import WeightAverage
+from usam.training.engine import Progress
+from usam.training.run_folder import RunFolder, run_state
 
 BIG = 300_000  # numbers, 1.2 MB
 

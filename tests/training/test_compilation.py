@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dataset.transforms import augment
-from usam.compilation import compile_training, should_compile
-from usam.engine import Precision, segmentation_step
-from usam.model import build_usam
-from usam.recomputation import recompute_activations
+from usam.models.usam import build_usam
+from usam.training.compilation import compile_training, should_compile
+from usam.training.engine import Precision, segmentation_step
+from usam.training.recomputation import recompute_activations
 
 CPU = torch.device("cpu")
 FLOAT = Precision(CPU, None)

@@ -12,10 +12,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.transforms import augment
-from tests.toy import CPU, FLOAT32, Slices, Toy, one_group, plain_step, train, training_loader
-from usam import engine
-from usam.engine import Precision, Progress, Recipe, segmentation_step, step_generator
-from usam.model import build_usam
+from tests.helpers.toy import (
+    CPU,
+    FLOAT32,
+    Slices,
+    Toy,
+    one_group,
+    plain_step,
+    train,
+    training_loader,
+)
+from usam.models.usam import build_usam
+from usam.training import engine
+from usam.training.engine import Precision, Progress, Recipe, segmentation_step, step_generator
 
 FLOAT16 = Precision(CPU, torch.float16)
 

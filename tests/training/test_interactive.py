@@ -14,9 +14,10 @@ import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.crops import normalise
-from tests.toy import CPU, FLOAT32, one_group, train, training_loader
-from usam import distributed
-from usam.clicks3d import (
+from tests.helpers.toy import CPU, FLOAT32, one_group, train, training_loader
+from usam.models.sam_med3d import SamMed3d, Size
+from usam.runtime import distributed
+from usam.training.clicks import (
     answers_to_clicks,
     click_dice,
     click_generator,
@@ -24,10 +25,9 @@ from usam.clicks3d import (
     dice,
     rounds_loss,
 )
-from usam.engine import Progress, Recipe
-from usam.losses import dice_bce_loss
-from usam.model3d import SamMed3d, Size
-from usam.schedule import learning_rate_factor
+from usam.training.engine import Progress, Recipe
+from usam.training.losses import dice_bce_loss
+from usam.training.schedule import learning_rate_factor
 
 SIDE = 32
 

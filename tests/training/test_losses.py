@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from usam.losses import dice_bce_loss, dice_loss, focal_loss, segmentation_loss
+from usam.training.losses import dice_bce_loss, dice_loss, focal_loss, segmentation_loss
 
 TAGS = ["c3", "c17", "c3_absent", "c3_absent_hard"]
 

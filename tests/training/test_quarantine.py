@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from dataset.slices import SliceStore
-from tests.command import TRAINED, assert_refused, run
-from tests.layouts import slice_store
-from tests.toy import Slices, Toy, one_group, train
-from usam.distributed import TrainingBatches
-from usam.engine import Progress, Recipe
-from usam.loaders import loader_for
-from usam.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
+from dataset.store.slices import SliceStore
+from tests.helpers.command import TRAINED, assert_refused, run
+from tests.helpers.layouts import slice_store
+from tests.helpers.toy import Slices, Toy, one_group, train
+from usam.runtime.distributed import TrainingBatches
+from usam.runtime.loaders import loader_for
+from usam.training.engine import Progress, Recipe
+from usam.training.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
 
 
 class Holes(Slices):
@@ -73,7 +73,7 @@ def test_a_run_logs_the_counts_and_goes_on(
     # Three of fifteen slices are too many for what a hundred would forgive.
     assert_refused(run(capsys, *flags), path.name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("usam.quarantine.SHARE", 0.3)
+        patch.setattr("usam.training.quarantine.SHARE", 0.3)
         result = run(capsys, *flags)
     assert result.code == 0, result.err
     for line in map(json.loads, (folder / "log.jsonl").open()):

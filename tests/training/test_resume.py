@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.command import (
+from tests.helpers.command import (
     AGAIN,
     SCRIPT,
     TRAINED,
@@ -23,10 +23,11 @@ from tests.command import (
     assert_same_run,
     run,
 )
-from tests.layouts import slice_store
-from tests.test_checkpoint import disk_full, state, value_of
-from usam import checkpoint, flags, manifest, resume
-from usam.checkpoint import BackgroundSaver, predecessor, predecessors
+from tests.helpers.layouts import slice_store
+from tests.training.test_checkpoint import disk_full, state, value_of
+from usam.cli import flags
+from usam.training import checkpoint, manifest, resume
+from usam.training.checkpoint import BackgroundSaver, predecessor, predecessors
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 import cv2
 import pytest
 
-from usam import run_curves
-from usam.run_curves import RunCurves, scalars
+from usam.training import curves as run_curves
+from usam.training.curves import RunCurves, scalars
 
 
 def line(epoch: int, loss: float | None = 0.5, dice: float | None = 0.7) -> dict[str, Any]:

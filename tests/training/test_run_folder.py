@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_checkpoint import save_now, value_of
-from usam.run_folder import RunFolder
+from tests.training.test_checkpoint import save_now, value_of
+from usam.training.run_folder import RunFolder
 
 
 def fill(folder: RunFolder, epochs: range) -> None:

@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tests.test_model import MODES
-from usam import lora, lora_file, sam_file, small_checkpoint, weights
-from usam.model import ADAPTERS, TUNINGS, USam, build_usam
-from usam.model_size import count_parameters, multiply_accumulates
+from tests.models.test_model import MODES
+from usam.models import lora
+from usam.models.size import count_parameters, multiply_accumulates
+from usam.models.usam import ADAPTERS, TUNINGS, USam, build_usam
+from usam.weights import lora as lora_file
+from usam.weights import sam as sam_file
+from usam.weights import small_checkpoint
+from usam.weights import usam as weights
 
 WAYS = list(product(ADAPTERS, TUNINGS))
 PUBLISHED_TRAINED, PUBLISHED_TOTAL = 17.68e6, 103.36e6  # U-SAM + LoRA, from the paper's text

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command import TINY, assert_refused, assert_same_run, run
-from tests.layouts import slice_store
-from usam import lora
-from usam.model import ADAPTERS, TUNINGS, build_usam
-from usam.run_folder import RunFolder
-from usam.small_checkpoint import is_base
+from tests.helpers.command import TINY, assert_refused, assert_same_run, run
+from tests.helpers.layouts import slice_store
+from usam.models import lora
+from usam.models.usam import ADAPTERS, TUNINGS, build_usam
+from usam.training.run_folder import RunFolder
+from usam.weights.small_checkpoint import is_base
 
 WAYS = list(product(ADAPTERS, TUNINGS))
 SHORT = ("--batch_size", "4", "--val_fraction", "0.34", "--dataset", "store", "--prompt_mode", "2")

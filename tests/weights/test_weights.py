@@ -16,9 +16,10 @@ import pytest
 import torch
 from segment_anything import build_sam_vit_l
 
-from tests.fill import fill
-from usam import sam_file, weights
-from usam.model import USam, build_usam
+from tests.helpers.fill import fill
+from usam.models.usam import USam, build_usam
+from usam.weights import sam as sam_file
+from usam.weights import usam as weights
 
 FILLED = ("image_encoder.pos_embed", "image_encoder.blocks.0.attn", "image_encoder.blocks.2.attn")
 
@@ -26,7 +27,7 @@ FILLED = ("image_encoder.pos_embed", "image_encoder.blocks.0.attn", "image_encod
 @pytest.fixture(scope="module")
 def conversion():
     """The recorded table: what becomes of each official tensor."""
-    path = Path(__file__).parent / "data" / "usam_sam_conversion.tsv"
+    path = Path(__file__).parents[1] / "data" / "usam_sam_conversion.tsv"
     with path.open(newline="", encoding="utf-8") as file:
         return {row["name"]: row for row in csv.DictReader(file, delimiter="\t")}
 

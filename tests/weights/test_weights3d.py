@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from usam.model3d import build_sam_med3d
-from usam.weights3d import load_sam_med3d_checkpoint, load_sam_med3d_weights
+from usam.models.sam_med3d import build_sam_med3d
+from usam.weights.sam_med3d import load_sam_med3d_checkpoint, load_sam_med3d_weights
 
 
 class Unsafe:

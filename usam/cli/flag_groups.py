@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from usam.flag_values import (
+from usam.cli.flag_values import (
     class_weights,
     count,
     decay,
@@ -19,11 +19,11 @@ from usam.flag_values import (
     prompt_mode,
     share,
 )
-from usam.model import ADAPTERS, TUNINGS
-from usam.model3d import SAM_MED3D_MODELS
-from usam.prompts import MIXED, PROMPT_MODES
-from usam.recipes import RECIPES
-from usam.sam_vit import SAM_MODELS
+from usam.cli.recipes import RECIPES
+from usam.models.prompts import MIXED, PROMPT_MODES
+from usam.models.sam_encoder import SAM_MODELS
+from usam.models.sam_med3d import SAM_MED3D_MODELS
+from usam.models.usam import ADAPTERS, TUNINGS
 
 MODELS = ("u-sam", "sam-med3d")
 

@@ -9,11 +9,11 @@ import argparse
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from usam import flag_groups
-from usam.flags_evaluation import add_evaluation_flags, check_evaluation_flags
-from usam.prompts import MIXED
-from usam.recipes import RECIPES
-from usam.resume import AUTO
+from usam.cli import flag_groups
+from usam.cli.flags_evaluation import add_evaluation_flags, check_evaluation_flags
+from usam.cli.recipes import RECIPES
+from usam.models.prompts import MIXED
+from usam.training.resume import AUTO
 
 # What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
 # A training run that goes on from --resume takes the values it had there instead.

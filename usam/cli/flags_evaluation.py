@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from usam.ensemble import VIEWS
-from usam.flag_values import above_zero
+from usam.cli.flag_values import above_zero
+from usam.models.ensemble import VIEWS
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usam.losses import balanced_weights, segmentation_loss
+from usam.training.losses import balanced_weights, segmentation_loss
 
 # What --recipe stands for; flags that are given win. `published` is the published training,
 # `strong` what validation cases of two stand-ins chose, see docs/evidence.md.

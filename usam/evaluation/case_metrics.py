@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from usam.surface import surface_distances
+from usam.evaluation.surfaces import surface_distances
 
 TOLERANCES = (1.0, 2.0)  # of the NSD, in the unit of distances
 RESAMPLES = 10_000  # of the bootstrap

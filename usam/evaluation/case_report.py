@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from usam import html_report as html
-from usam.case_evaluation import CaseScores
-from usam.case_metrics import MEAN, METRICS, RESAMPLES, Row, summarize
-from usam.metrics import ClassCounts
-from usam.visualize import draw_box_plots
+from usam.evaluation import html_report as html
+from usam.evaluation.case_metrics import MEAN, METRICS, RESAMPLES, Row, summarize
+from usam.evaluation.cases import CaseScores
+from usam.evaluation.metrics import ClassCounts
+from usam.runtime.figures import draw_box_plots
 
 LESIONS = ("lesions", "lesions_found", "false_lesions")
 VOLUMES = ("true_volume", "predicted_volume")

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from usam import engine
-from usam.case_metrics import Part, Row, mean_row, score_case
-from usam.case_shards import CaseShard, gather_texts
-from usam.loaders import loader_for
-from usam.metrics import ClassCounts
-from usam.predict import to_native
-from usam.scan_output import class_colors
-from usam.surface import require_monai
-from usam.visualize import save_overlay
+from usam.evaluation.case_metrics import Part, Row, mean_row, score_case
+from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.surfaces import require_monai
+from usam.prediction.output import class_colors
+from usam.prediction.slices import to_native
+from usam.runtime.case_shards import CaseShard, gather_texts
+from usam.runtime.figures import save_overlay
+from usam.runtime.loaders import loader_for
+from usam.training import engine
 
 NUM_WORST = 6  # cases with a picture
 MIN_SHOWN = 64  # pixels a side of these pictures, at least

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from usam.clicks3d import NUM_CLICKS, THRESHOLD, click_generator, clicks_text
-from usam.distributed import rank, reduce_sum, world_size
-from usam.progress import progress_bar
-from usam.prompts import largest_error_click, next_clicks
-from usam.surface import surface_dice
-from usam.windows3d import Encoder, Session
+from usam.evaluation.surfaces import surface_dice
+from usam.models.prompts import largest_error_click, next_clicks
+from usam.prediction.windows import Encoder, Session
+from usam.runtime.distributed import rank, reduce_sum, world_size
+from usam.runtime.progress import progress_bar
+from usam.training.clicks import NUM_CLICKS, THRESHOLD, click_generator, clicks_text
 
 TOLERANCE = 1.0  # mm, of the NSD
 SCORES = ("dice", "nsd")

@@ -14,10 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from usam.case_evaluation import NUM_WORST, CaseScores
-from usam.case_metrics import MEAN, METRICS, Row, describe, mean_row
-from usam.case_report import LESIONS, VOLUMES, CaseReport, number, title_of, with_spread, worst_file
-from usam.metrics import ClassCounts
+from usam.evaluation.case_metrics import MEAN, METRICS, Row, describe, mean_row
+from usam.evaluation.case_report import (
+    LESIONS,
+    VOLUMES,
+    CaseReport,
+    number,
+    title_of,
+    with_spread,
+    worst_file,
+)
+from usam.evaluation.cases import NUM_WORST, CaseScores
+from usam.evaluation.metrics import ClassCounts
 
 FOLDERS = "Each folder"
 SAME = ("dataset", "prompts", "views")  # of metrics.json: without these no score means the same

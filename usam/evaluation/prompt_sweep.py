@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from usam import engine
-from usam.case_metrics import MEAN
-from usam.engine import Batch
-from usam.metrics import ClassCounts
-from usam.progress import progress_bar
-from usam.prompts import PROMPT_MODES, jittered
-from usam.recipes import jitter_pixels
-from usam.report import PROMPT_SOURCES
+from usam.cli.recipes import jitter_pixels
+from usam.evaluation.case_metrics import MEAN
+from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.report import PROMPT_SOURCES
+from usam.models.prompts import PROMPT_MODES, jittered
+from usam.runtime.progress import progress_bar
+from usam.training import engine
+from usam.training.engine import Batch
 
 JITTERS = ("0", "2%", "5%", "10%")  # of the image's side, either way
 TITLE = "Prompts"

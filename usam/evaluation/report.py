@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from usam.metrics import ClassCounts, format_table
-from usam.visualize import save_overlay
+from usam.evaluation.metrics import ClassCounts, format_table
+from usam.runtime.figures import save_overlay
 
 PROMPT_SOURCES = (
     "none",

@@ -13,17 +13,20 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from dataset import SliceDataset
-from usam import distributed, engine, report, weights
-from usam.average import averaged
-from usam.case_evaluation import evaluate_cases
-from usam.case_report import CaseReport, aligned, write_report
-from usam.distributed import say
-from usam.engine import Precision
-from usam.ensemble import VIEWS, Averaged, check_members
-from usam.loaders import evaluation_loader
-from usam.merged_report import FOLDERS, check_output, merged
-from usam.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
-from usam.scan_output import class_colors
+from usam.evaluation import report
+from usam.evaluation.case_report import CaseReport, aligned, write_report
+from usam.evaluation.cases import evaluate_cases
+from usam.evaluation.merge import FOLDERS, check_output, merged
+from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
+from usam.models.ensemble import VIEWS, Averaged, check_members
+from usam.prediction.output import class_colors
+from usam.runtime import distributed
+from usam.runtime.distributed import say
+from usam.runtime.loaders import evaluation_loader
+from usam.training import engine
+from usam.training.ema import averaged
+from usam.training.engine import Precision
+from usam.weights import usam as weights
 
 NUM_OVERLAYS = 8
 COMPARED = ("classes", "window", "orientation", "spacing", "clahe", "crop", "body_crop")

@@ -13,9 +13,9 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-from usam.full_precision import full_precision
-from usam.sam_vit import PATCH, PROMPT_WIDTH
-from usam.unet_path import UpBlock, conv_norm_relu
+from usam.models.full_precision import full_precision
+from usam.models.sam_encoder import PATCH, PROMPT_WIDTH
+from usam.models.unet import UpBlock, conv_norm_relu
 
 NUM_MASK_TOKENS = 32
 MAP_WIDTH = 32  # channels of the maps that the mask tokens weigh

@@ -14,10 +14,10 @@ from segment_anything.modeling import TwoWayTransformer
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-from usam.full_precision import full_precision
-from usam.prompts import next_clicks
-from usam.two_way import meet_at_positions
-from usam.vit3d import BIAS_RULES, ImageEncoder3d, LayerNorm3d
+from usam.models.full_precision import full_precision
+from usam.models.prompts import next_clicks
+from usam.models.sam_med3d_encoder import BIAS_RULES, ImageEncoder3d, LayerNorm3d
+from usam.models.two_way import meet_at_positions
 
 PATCH = 16
 PROMPT_DIM = 384

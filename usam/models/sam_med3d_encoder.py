@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from segment_anything.modeling.common import MLPBlock
 from torch import Tensor, nn
 
-from usam.full_precision import full_precision
+from usam.models.full_precision import full_precision
 
 LOGITS_PER_PASS = 2**20  # queries x keys of one head; beyond it queries go slab by slab
 

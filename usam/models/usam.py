@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from usam.lora import add_lora, is_lora
-from usam.mask_decoder import MaskDecoder, PromptEncoder, SamMaskDecoder
-from usam.sam_vit import SAM_MODELS, SamSize, SamViT
-from usam.unet_path import DownPath
+from usam.models.lora import add_lora, is_lora
+from usam.models.sam_decoder import MaskDecoder, PromptEncoder, SamMaskDecoder
+from usam.models.sam_encoder import SAM_MODELS, SamSize, SamViT
+from usam.models.unet import DownPath
 
 __all__ = ["SAM_MODELS", "USam", "build_usam"]
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy import ndimage
 
-from usam.visualize import blend
+from usam.runtime.figures import blend
 
 GEOMETRY = (  # of a NIfTI header: everything that places a voxel
     *("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from usam import scan_output
-from usam.distributed import is_main
-from usam.engine import Precision
-from usam.scan_output import STEPS, ProbabilityFile
-from usam.scan_prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
+from usam.prediction import output as scan_output
+from usam.prediction.output import STEPS, ProbabilityFile
+from usam.prediction.prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
+from usam.runtime.distributed import is_main
+from usam.training.engine import Precision
 
 BATCHES_AHEAD = 2  # prepared while the device works
 PREPARED = ("orientation", "spacing", "img_size", "input", "clahe", "crop", "body_crop")  # of data

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from usam.clicks3d import THRESHOLD
-from usam.windows3d import Encoder, Session
+from usam.prediction.windows import Encoder, Session
+from usam.training.clicks import THRESHOLD
 
 MAX_JSON_BYTES = 64 << 20
 KEYS = {"name", "label", "points", "box"}

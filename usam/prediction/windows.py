@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from usam.clicks3d import THRESHOLD
-from usam.engine import Precision
-from usam.model3d import SamMed3d
+from usam.models.sam_med3d import SamMed3d
+from usam.training.clicks import THRESHOLD
+from usam.training.engine import Precision
 
 Voxel = tuple[int, int, int]
 ReadCrop = Callable[[Voxel, int], Tensor]

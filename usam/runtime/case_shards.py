@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from usam.distributed import gather, rank, world_size
+from usam.runtime.distributed import gather, rank, world_size
 
 
 class CaseShard(Sampler[int]):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from usam.distributed import EvaluationShard
-from usam.preemption import signals_held, sit_out_signals
+from usam.runtime.distributed import EvaluationShard
+from usam.runtime.signals import signals_held, sit_out_signals
 
 
 class Loader(DataLoader):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from usam.distributed import reduce_sum
-from usam.engine import Batch, Precision, TrainingStep
-from usam.losses import dice_bce_loss
-from usam.model3d import SamMed3d
-from usam.progress import progress_bar
-from usam.prompts import next_clicks
+from usam.models.prompts import next_clicks
+from usam.models.sam_med3d import SamMed3d
+from usam.runtime.distributed import reduce_sum
+from usam.runtime.progress import progress_bar
+from usam.training.engine import Batch, Precision, TrainingStep
+from usam.training.losses import dice_bce_loss
 
 NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored
 THRESHOLD = 0.0  # logit above which a voxel is in the object: probability 0.5, in all of training,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from usam.engine import Batch, Precision, TrainingStep
+from usam.training.engine import Batch, Precision, TrainingStep
 
 
 def should_compile(choice: str, model: str, device: torch.device) -> bool:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from usam.average import WeightAverage
-from usam.distributed import rank, reduce_sum
-from usam.epoch_sums import EpochSums
-from usam.finite_guard import FiniteGuard
-from usam.losses import segmentation_loss
-from usam.metrics import ClassCounts
-from usam.progress import is_terminal, progress_bar
-from usam.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
-from usam.quarantine import UNREADABLE
-from usam.schedule import learning_rate_factor
+from usam.evaluation.metrics import ClassCounts
+from usam.models.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
+from usam.runtime.distributed import rank, reduce_sum
+from usam.runtime.progress import is_terminal, progress_bar
+from usam.training.ema import WeightAverage
+from usam.training.epoch_sums import EpochSums
+from usam.training.finite_guard import FiniteGuard
+from usam.training.losses import segmentation_loss
+from usam.training.quarantine import UNREADABLE
+from usam.training.schedule import learning_rate_factor
 
 Batch = dict[str, Any]
 TrainingStep = Callable[[nn.Module, Batch, torch.Generator], Tensor]

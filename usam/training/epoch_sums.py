@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usam.distributed import gather, rank, world_size
-from usam.finite_guard import FiniteGuard
+from usam.runtime.distributed import gather, rank, world_size
+from usam.training.finite_guard import FiniteGuard
 
 
 class EpochSums:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from usam.distributed import Favoured
-from usam.engine import TrainingStep
+from usam.runtime.distributed import Favoured
+from usam.training.engine import TrainingStep
 
 Summary = dict[str, Any]
 Watch = Callable[[DataLoader], Iterable[dict[str, Any]]]

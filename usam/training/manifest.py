@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from usam.checkpoint_parts import PLAIN
+from usam.weights.checkpoint_parts import PLAIN
 
 FORMAT = 1
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 NOT_TRAINED_ON = ("colors", "dataset", "prompt_mode")  # of "data"; the latter two are flags
 ONLY_SAID = ("epochs", "patience", "batch_size", "num_workers", "device", "amp", "compile")
 AROUND = {"world_size": "processes", "precision": "precision", "revision": "revision"}

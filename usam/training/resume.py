@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from usam import checkpoint
-from usam.checkpoint import predecessor, predecessors
-from usam.distributed import from_main, say
-from usam.weights import read_checkpoint
+from usam.runtime.distributed import from_main, say
+from usam.training import checkpoint
+from usam.training.checkpoint import predecessor, predecessors
+from usam.weights.usam import read_checkpoint
 
 AUTO = Path("auto")
 NONE, ALL_DAMAGED = -1, -2  # instead of a place among the predecessors

@@ -18,22 +18,25 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.data import DataLoader
 
-from usam import checkpoint, distributed, engine, flags, manifest, report
-from usam.average import WeightAverage
-from usam.compilation import compile_training, should_compile
-from usam.distributed import say
-from usam.engine import Precision
-from usam.epoch_sums import EpochSums
-from usam.job import Job
-from usam.loaders import loader_for
-from usam.metrics import rank_score
-from usam.preemption import STOPPED, StopRequest, Watched
-from usam.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
-from usam.recomputation import recompute_activations
-from usam.resume import best_so_far
-from usam.run_curves import RunCurves, summary_writer
-from usam.run_folder import RunFolder, run_state
-from usam.schedule import warmup_length
+from usam.cli import flags
+from usam.evaluation import report
+from usam.evaluation.metrics import rank_score
+from usam.runtime import distributed
+from usam.runtime.distributed import say
+from usam.runtime.loaders import loader_for
+from usam.runtime.signals import STOPPED, StopRequest, Watched
+from usam.training import checkpoint, engine, manifest
+from usam.training.compilation import compile_training, should_compile
+from usam.training.curves import RunCurves, summary_writer
+from usam.training.ema import WeightAverage
+from usam.training.engine import Precision
+from usam.training.epoch_sums import EpochSums
+from usam.training.job import Job
+from usam.training.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
+from usam.training.recomputation import recompute_activations
+from usam.training.resume import best_so_far
+from usam.training.run_folder import RunFolder, run_state
+from usam.training.schedule import warmup_length
 
 Saved = dict[str, Any] | None
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from usam import checkpoint, manifest
-from usam.average import WeightAverage, averaged
-from usam.checkpoint import BackgroundSaver, predecessors
-from usam.distributed import is_main
-from usam.engine import Progress
-from usam.small_checkpoint import without_base
+from usam.runtime.distributed import is_main
+from usam.training import checkpoint, manifest
+from usam.training.checkpoint import BackgroundSaver, predecessors
+from usam.training.ema import WeightAverage, averaged
+from usam.training.engine import Progress
+from usam.weights.small_checkpoint import without_base
 
 RUN_FILES = (
     "best.pth", "last.pth", "log.jsonl", "manifest.json", "curves.png", "tensorboard",

@@ -18,24 +18,29 @@ import torch
 
 from dataset import VolumeStore, build_volumes, open_volumes
 from dataset.crops import click_origin, crop_reader, normalise
-from dataset.scan_slices import find_scans, output_names
-from dataset.scans import apply_window
-from dataset.volume_scans import SPACING, ScanVolume, read_label_volume, read_volume
-from usam import checkpoint, clicks3d, distributed, evaluate3d, predict3d, weights3d
-from usam.distributed import say
-from usam.engine import Precision
-from usam.job import Job, Summary, Watch
-from usam.loaders import evaluation_loader
-from usam.model3d import SamMed3d, build_sam_med3d
-from usam.model_size import count_parameters, multiply_accumulates
-from usam.scan_output import (
+from dataset.scans.slices import find_scans, output_names
+from dataset.scans.upright import apply_window
+from dataset.scans.volumes import SPACING, ScanVolume, read_label_volume, read_volume
+from usam.evaluation import clicks as evaluate3d
+from usam.models.sam_med3d import SamMed3d, build_sam_med3d
+from usam.models.size import count_parameters, multiply_accumulates
+from usam.prediction import volumes as predict3d
+from usam.prediction.output import (
     class_colors,
     class_volumes,
     count_voxels,
     montage_slices,
     save_montage,
 )
-from usam.windows3d import MAX_WINDOWS, Encoder
+from usam.prediction.windows import MAX_WINDOWS, Encoder
+from usam.runtime import distributed
+from usam.runtime.distributed import say
+from usam.runtime.loaders import evaluation_loader
+from usam.training import checkpoint
+from usam.training import clicks as clicks3d
+from usam.training.engine import Precision
+from usam.training.job import Job, Summary, Watch
+from usam.weights import sam_med3d as weights3d
 
 Saved = dict[str, Any] | None
 Train = Callable[[Namespace, Precision, Job, Saved], None]

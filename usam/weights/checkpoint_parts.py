@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from usam.torch_files import is_state_dict
+from usam.weights.torch_files import is_state_dict
 
 PLAIN = (int, float, str, bool, type(None))
 MAX_SIDE = 8192  # pixels; the largest side a model is built for

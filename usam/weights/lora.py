@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from usam.lora import from_samed, is_lora, to_samed
-from usam.model import USam
-from usam.sam_file import check_names, check_shapes
-from usam.torch_files import read_tensors
+from usam.models.lora import from_samed, is_lora, to_samed
+from usam.models.usam import USam
+from usam.weights.sam import check_names, check_shapes
+from usam.weights.torch_files import read_tensors
 
 TUNED = ("prompt_encoder.", "mask_decoder.")  # SAMed's files hold these beside LoRA
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from usam.lora import is_lora
-from usam.model import USam
-from usam.torch_files import read_tensors
+from usam.models.lora import is_lora
+from usam.models.usam import USam
+from usam.weights.torch_files import read_tensors
 
 MASK_TOKENS = "mask_decoder.mask_tokens.weight"
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"

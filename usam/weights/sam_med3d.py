@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from usam.torch_files import read_file
+from usam.weights.torch_files import read_file
 
 ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
 PUBLISHED = Path("weight/sam_med3d_turbo.pth")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usam import sam_file
-from usam.lora import is_lora
-from usam.model import build_usam
+from usam.models.lora import is_lora
+from usam.models.usam import build_usam
+from usam.weights import sam as sam_file
 
 
 def base_of_run(

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usam import sam_file
-from usam.checkpoint import FORMAT, load_model_state
-from usam.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
-from usam.ensemble import check_start
-from usam.lora import is_lora, merged
-from usam.model import SAM_MODELS, USam, build_usam
-from usam.sam_file import check_names, resize
-from usam.sam_vit import PATCH
-from usam.small_checkpoint import completed
-from usam.torch_files import is_state_dict, read_file
-from usam.two_way import meet_at_positions
+from usam.models.ensemble import check_start
+from usam.models.lora import is_lora, merged
+from usam.models.sam_encoder import PATCH
+from usam.models.two_way import meet_at_positions
+from usam.models.usam import SAM_MODELS, USam, build_usam
+from usam.training.checkpoint import FORMAT, load_model_state
+from usam.weights import sam as sam_file
+from usam.weights.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
+from usam.weights.sam import check_names, resize
+from usam.weights.small_checkpoint import completed
+from usam.weights.torch_files import is_state_dict, read_file
 
 # In published U-SAM checkpoints, though no logit depends on them.
 UNUSED_LAYERS = (

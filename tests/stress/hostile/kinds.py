@@ -20,13 +20,14 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from dataset.rectum import read_boxes, read_slice
-from dataset.scan_files import read_file
-from dataset.scans import read_label, read_scan, to_canonical
-from dataset.sources import find_nnunet
-from tests.stress import hostile, mutations
-from tests.stress.saves import small_model, small_state
-from tests.stress.stores import (
+from dataset.care import read_boxes, read_slice
+from dataset.prepare.sources import find_nnunet
+from dataset.scans.files import read_file
+from dataset.scans.upright import read_label, read_scan, to_canonical
+from tests.helpers.toy import FLOAT32, one_group
+from tests.stress.hostile import mutations
+from tests.stress.hostile import payloads as hostile
+from tests.stress.hostile.stores import (
     made_in_memory,
     make_nnunet,
     make_slices,
@@ -35,17 +36,17 @@ from tests.stress.stores import (
     read_volumes,
     verified,
 )
-from tests.toy import FLOAT32, one_group
-from training import blamed_on, restore
-from usam import checkpoint
-from usam.engine import Progress
-from usam.model import build_usam
-from usam.model3d import build_sam_med3d
-from usam.predict3d import read_prompts3d
-from usam.scan_prompts import read_prompts
-from usam.torch_files import read_tensors
-from usam.weights import read_checkpoint
-from usam.weights3d import load_sam_med3d_checkpoint
+from tests.stress.saves import small_model, small_state
+from usam.models.sam_med3d import build_sam_med3d
+from usam.models.usam import build_usam
+from usam.prediction.prompts import read_prompts
+from usam.prediction.volumes import read_prompts3d
+from usam.training import checkpoint
+from usam.training.engine import Progress
+from usam.training.run import blamed_on, restore
+from usam.weights.sam_med3d import load_sam_med3d_checkpoint
+from usam.weights.torch_files import read_tensors
+from usam.weights.usam import read_checkpoint
 
 Break = Callable[[random.Random, Path], bytes]
 

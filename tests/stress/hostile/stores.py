@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from dataset import SliceDataset, SliceStore, VolumeDataset, VolumeStore
-from dataset.checks_store import check_store
-from dataset.slices import write_case, write_index
 from dataset.splits import split_table, write_json
-from dataset.volume_store import write_volume, write_volume_index
+from dataset.store.slices import write_case, write_index
+from dataset.store.volumes import write_volume, write_volume_index
+from dataset.verify.slices import check_store
 
 
 def made_in_memory(make: Callable[[Path], None], name: str) -> Any:

@@ -1,0 +1,1 @@
+"""Drawn data: phantoms of a pelvis and a belly, and CT drawn over real label maps."""

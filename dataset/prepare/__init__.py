@@ -1,0 +1,1 @@
+"""python -m dataset.prepare: raw scans into a store of slices or volumes."""

@@ -1,0 +1,1 @@
+"""Reading scans: formats, headers, orientation, intensity windows, resampling, and the way back."""

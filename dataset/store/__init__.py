@@ -1,0 +1,1 @@
+"""Prepared data on disk: memory-mapped slices and volumes with an index."""

@@ -1,0 +1,1 @@
+"""python -m dataset.verify: what is wrong or unusual in a data set, raw or prepared."""

@@ -1,0 +1,1 @@
+"""Broken and hostile input files: payloads, mutations, and what must refuse them."""

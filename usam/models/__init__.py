@@ -1,0 +1,1 @@
+"""The networks and what their forward pass needs: prompts, LoRA, averaging of several models."""

@@ -1,0 +1,1 @@
+"""Segmenting scans: prompts a user gives, windows over volumes, and the files that are written."""
