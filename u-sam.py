@@ -38,13 +38,13 @@ from usam.models.size import count_parameters, multiply_accumulates
 from usam.models.usam import USam, build_usam
 from usam.prediction.prompts import ScanPrompts, prompts_from_flags, read_prompts
 from usam.prediction.slices import Predictor, predict_scans
-from usam.runtime import distributed, peers
-from usam.runtime.distributed import say
+from usam.runtime import peers, processes, samplers
 from usam.runtime.loaders import evaluation_loader
+from usam.runtime.precision import Precision, select_precision
+from usam.runtime.processes import say
 from usam.runtime.signals import StopRequest
 from usam.training import checkpoint, engine, resume
 from usam.training.ema import averaged
-from usam.training.engine import Precision
 from usam.training.job import Job, Summary, Watch
 from usam.training.run import train
 from usam.training.sam_med3d import Train, run_volumes
@@ -58,7 +58,7 @@ BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 def main(args: Namespace) -> None:
     """One run: device, checkpoint and flags, then what the model does with them."""
-    device = distributed.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
+    device = processes.start(args.device, num_processes=args.world_size, dist_url=args.dist_url)
     args.resume, saved = resume.choose(
         args.resume, args.output_dir, args.sam_weight, more=bool(args.ensemble)
     )
@@ -68,8 +68,8 @@ def main(args: Namespace) -> None:
         return
     if saved and (args.eval or args.predict):
         saved = averaged(saved)
-    precision = engine.select_precision(args.amp, device)
-    say(f"{distributed.world_size()} process(es) on {device.type}, {precision}")
+    precision = select_precision(args.amp, device)
+    say(f"{processes.world_size()} process(es) on {device.type}, {precision}")
     run = run_volumes if args.model == "sam-med3d" else run_slices
     stopping = nullcontext() if args.eval or args.predict else StopRequest()
     with peers.watched(), stopping as stop:
@@ -86,7 +86,7 @@ def run_slices(
     if args.predict:
         predict_slices(args, precision, saved)
         return
-    with distributed.main_process_first():
+    with processes.main_process_first():
         splits = ("train", "val")
         if args.eval:
             splits = ("test",) if args.fold is None else ("val",)
@@ -116,7 +116,7 @@ def fresh_model(args: Namespace, data: dict[str, Any]) -> USam:
     """The model the flags describe for `data`, from SAM's weights and, if given, a LoRA file."""
     classes = len(data["classes"])
     model = build_usam(args.sam_model, classes, args.img_size, args.adapter, args.tuning)
-    with distributed.main_process_first():
+    with processes.main_process_first():
         start = {"init": args.init, "fold": args.fold, "data": data}
         say(weights.initialize(model, args.sam_model, args.sam_weight, **start))
     if args.lora_weight:
@@ -140,7 +140,7 @@ def described(args: Namespace, saved: dict[str, Any] | None) -> dict[str, Any]:
 
 def export_lora(args: Namespace, saved: dict[str, Any]) -> None:
     """Write the LoRA of `--resume`, averaged where it holds an average, for other programs."""
-    if distributed.is_main():
+    if processes.is_main():
         with_decoder = args.adapter == "none"
         say(save_lora(averaged(saved)["model"], args.export_lora, with_decoder=with_decoder))
 
@@ -196,7 +196,7 @@ def slices_job(
         validate=validate if len(data["val"]) else None,
         shown=shown,
         info=data["train"].info | described,
-        favoured=distributed.Favoured(args.foreground_share, data["train"].by_class),
+        balanced=samplers.ClassBalancedSampling(args.foreground_share, data["train"].by_class),
     )
 
 
@@ -237,14 +237,14 @@ def predict_slices(args: Namespace, precision: Precision, saved: dict[str, Any])
     window = parse_window(args.window) if args.window else None
     named = list(zip(scans, output_names(scans), strict=True))
     failed = predict_scans(
-        named[distributed.rank() :: distributed.world_size()], args.output_dir, predictor,
+        named[processes.rank() :: processes.world_size()], args.output_dir, predictor,
         open_scan=partial(ScanSlices, data=data, window=window, channel=args.channel),
         prompts_for=prompts_of(args, len(scans)),
         facts=answers_text(args) | {"model": f"u-sam {args.sam_model}"},
     )  # fmt: skip
     if len(scans) == 1 and failed:
         raise failed[0][1]
-    number = int(distributed.reduce_sum(torch.tensor(len(failed), device=precision.device)))
+    number = int(processes.reduce_sum(torch.tensor(len(failed), device=precision.device)))
     if number:
         raise ValueError(f"{number} of {len(scans)} scans were not segmented, see above")
 
@@ -276,4 +276,4 @@ if __name__ == "__main__":
     except Exception as error:
         peers.end_by(error)
     finally:
-        distributed.stop()
+        processes.stop()

@@ -28,8 +28,8 @@ from dataset.slices import SliceDataset
 from dataset.store.slices import SliceStore
 from dataset.transforms import augment
 from usam.models.usam import build_usam
-from usam.runtime.distributed import TrainingBatches
 from usam.runtime.loaders import loader_for
+from usam.runtime.samplers import TrainingBatches
 from usam.training import engine
 from usam.training.checkpoint import BackgroundSaver
 

@@ -27,6 +27,7 @@ from benchmarks.train_step import Case as Batches
 from dataset.slices import SliceDataset, split_slices
 from dataset.store.slices import SliceStore
 from usam.models.usam import USam, build_usam
+from usam.runtime.precision import Precision
 from usam.training import engine
 
 
@@ -64,7 +65,7 @@ ON_GPU = (
 QUICK = (Case(32, 2, 2, "float32"), Case(32, 2, 2, "bfloat16", "", 4, True))
 
 
-def our_work(model: USam, loader: Any, precision: engine.Precision) -> Work:
+def our_work(model: USam, loader: Any, precision: Precision) -> Work:
     """The engine's evaluation, until the counts are on the host."""
     return lambda: engine.evaluate(
         model, loader, prompt_mode=0, precision=precision

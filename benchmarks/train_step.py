@@ -25,6 +25,7 @@ from benchmarks.baseline import PlainUSam, plain_steps, plain_twin
 from benchmarks.harness import Row, Work
 from dataset.transforms import augment
 from usam.models.usam import USam, build_usam
+from usam.runtime.precision import Precision
 from usam.training import engine
 from usam.training.compilation import compile_training
 
@@ -96,8 +97,8 @@ class ReadyBatches:
         return [(b["image"].expand(-1, 3, -1, -1) / 255, b["mask"].long()) for b in self.batches]
 
 
-def precision_of(name: str, device: torch.device) -> engine.Precision:
-    return engine.Precision(device, None if name == "float32" else getattr(torch, name))
+def precision_of(name: str, device: torch.device) -> Precision:
+    return Precision(device, None if name == "float32" else getattr(torch, name))
 
 
 def our_work(model: USam, case: Case, device: torch.device) -> Work:

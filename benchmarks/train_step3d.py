@@ -19,6 +19,7 @@ from benchmarks import harness
 from benchmarks.harness import Row, Work
 from dataset.crops import normalise
 from usam.models.sam_med3d import build_sam_med3d
+from usam.runtime.precision import Precision
 from usam.training import engine
 from usam.training.clicks import click_step
 
@@ -72,7 +73,7 @@ def our_work(case: Case, device: torch.device) -> Work:
     model = build_sam_med3d("vit_b_ori")
     model.image_encoder.blocks = model.image_encoder.blocks[: case.blocks]
     model.to(device)
-    precision = engine.Precision(device, dtype_of(case.ours))
+    precision = Precision(device, dtype_of(case.ours))
     optimizer = engine.build_optimizer(model.parameter_groups(1e-5), 0.1)
     loader, step = ReadyCrops(case.batch), click_step(normalise, device, case.clicks)
     recipe = engine.Recipe(seed=0, total_samples=10**9)

@@ -28,6 +28,7 @@ from dataset.scans.upright import apply_window  # noqa: E402
 from usam.models.sam_med3d import build_sam_med3d  # noqa: E402
 from usam.models.usam import build_usam  # noqa: E402
 from usam.runtime.figures import blend  # noqa: E402
+from usam.runtime.precision import select_precision  # noqa: E402
 from usam.training import checkpoint, engine  # noqa: E402
 from usam.training import clicks as clicks3d  # noqa: E402
 from usam.weights import usam as weights  # noqa: E402
@@ -79,7 +80,7 @@ def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
     model = build_usam(saved["args"]["sam_model"], num_classes=len(classes), img_size=size)
     checkpoint.load_model_state(model, saved["model"], resume)
     loader = [torch.utils.data.default_collate([data[i]]) for i in data.showcase(COLUMNS)]
-    precision = engine.select_precision("off", torch.device("cpu"))
+    precision = select_precision("off", torch.device("cpu"))
     shown = engine.predictions(
         model, loader, prompt_mode=saved["data"]["prompt_mode"], precision=precision
     )
@@ -107,7 +108,7 @@ def around(mask: np.ndarray, share: float = 0.4) -> tuple[slice, slice]:
 
 def draw_volumes(path: Path, resume: Path, case: int = 0) -> None:
     """Organs of a test volume, cut through their fullest slice: truth, and after some clicks."""
-    saved, precision = weights.read_checkpoint(resume), engine.select_precision("off", CPU)
+    saved, precision = weights.read_checkpoint(resume), select_precision("off", CPU)
     model = build_sam_med3d(saved["args"]["sam_model"], saved["args"]["rel_pos"])
     checkpoint.load_model_state(model, saved["model"], resume)
     data = build_volumes("phantom3d", "test", side=model.side)

@@ -21,7 +21,7 @@ from dataset.transforms import StrongDraws
 from tests.helpers.command import TINY, assert_same_run, run
 from usam.cli import flags
 from usam.cli.recipes import RECIPES, class_weights, jitter_pixels
-from usam.runtime.distributed import Favoured, TrainingBatches
+from usam.runtime.samplers import ClassBalancedSampling, TrainingBatches
 from usam.training.losses import balanced_weights, focal_loss, segmentation_loss
 
 EVERYTHING = (
@@ -87,13 +87,13 @@ def epoch_of(batches: TrainingBatches) -> list[int]:
     return [index for batch in batches for index, _ in batch]
 
 
-def test_favoured_samples_take_the_places_of_others() -> None:
+def test_balanced_samples_take_the_places_of_others() -> None:
     rare, common = np.array([3]), np.arange(100, 200)
     plain = TrainingBatches(1000, 4, seed=5)
-    favoured = TrainingBatches(
-        1000, 4, seed=5, favoured=Favoured(0.4, [rare, np.array([], int), common])
+    balanced = TrainingBatches(
+        1000, 4, seed=5, balanced=ClassBalancedSampling(0.4, [rare, np.array([], int), common])
     )
-    before, after = np.array(epoch_of(plain)), np.array(epoch_of(favoured))
+    before, after = np.array(epoch_of(plain)), np.array(epoch_of(balanced))
     assert len(after) == 1000
     changed = before != after
     assert changed.mean() == pytest.approx(0.4, abs=0.05)
@@ -103,14 +103,14 @@ def test_favoured_samples_take_the_places_of_others() -> None:
 
 def test_no_share_leaves_the_published_order() -> None:
     groups = [np.arange(5)]
-    none = TrainingBatches(20, 4, seed=5, favoured=Favoured(0.0, groups))
+    none = TrainingBatches(20, 4, seed=5, balanced=ClassBalancedSampling(0.0, groups))
     assert epoch_of(none) == epoch_of(TrainingBatches(20, 4, seed=5))
-    empty = TrainingBatches(20, 4, seed=5, favoured=Favoured(1.0, [np.array([], int)]))
+    empty = TrainingBatches(20, 4, seed=5, balanced=ClassBalancedSampling(1.0, [np.array([], int)]))
     assert epoch_of(empty) == epoch_of(TrainingBatches(20, 4, seed=5))
 
 
-def test_a_favoured_epoch_is_entered_in_the_middle() -> None:
-    batches = TrainingBatches(20, 4, seed=5, favoured=Favoured(0.5, [np.arange(3)]))
+def test_a_balanced_epoch_is_entered_in_the_middle() -> None:
+    batches = TrainingBatches(20, 4, seed=5, balanced=ClassBalancedSampling(0.5, [np.arange(3)]))
     batches.epoch = 2
     whole = list(batches)
     batches.first_step = 3

@@ -15,9 +15,10 @@ from dataset.store.slices import SliceStore, write_case, write_index
 from tests.helpers.toy import FLOAT32
 from usam.evaluation import cases as case_evaluation
 from usam.evaluation.cases import NUM_WORST, evaluate_cases, known_spacings, shown_box
-from usam.runtime import case_shards
-from usam.runtime.case_shards import CaseShard, gather_texts
+from usam.runtime import samplers
 from usam.runtime.loaders import evaluation_loader
+from usam.runtime.processes import gather_texts
+from usam.runtime.samplers import CaseShard
 from usam.training import engine
 
 pytest.importorskip("monai")
@@ -208,10 +209,10 @@ def test_without_monai_one_line_says_what_to_install(
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_processes_share_whole_cases(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ["a", "a", "b", "c", "c", "c", "a", "d"]
-    monkeypatch.setattr(case_shards, "world_size", lambda: processes)
+    monkeypatch.setattr(samplers, "world_size", lambda: processes)
     shares = []
     for rank in range(processes):
-        monkeypatch.setattr(case_shards, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(samplers, "rank", lambda rank=rank: rank)
         shares.append(list(CaseShard(ids)))
     assert sorted(index for share in shares for index in share) == list(range(len(ids)))
     for share in shares:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dataset.scans.slices import ScanSlices
 from usam.prediction.prompts import ScanPrompts
 from usam.prediction.slices import Predictor, predict_scans
-from usam.training.engine import Precision
+from usam.runtime.precision import Precision
 
 SIDE, DEPTH = 12, 7
 WINDOW = (-160.0, 240.0)

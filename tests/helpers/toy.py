@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from usam.runtime.distributed import TrainingBatches
-from usam.training.engine import Precision, Recipe, build_optimizer, train_one_epoch
+from usam.runtime.precision import Precision
+from usam.runtime.samplers import TrainingBatches
+from usam.training.engine import Recipe, build_optimizer, train_one_epoch
 from usam.training.losses import segmentation_loss
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from usam.prediction.volumes import (
     segment,
 )
 from usam.prediction.windows import Encoder, Session, deepest_of_pieces, window_weight
-from usam.training.engine import Precision
+from usam.runtime.precision import Precision
 
 CPU = Precision(torch.device("cpu"), None)
 SIDE = 32

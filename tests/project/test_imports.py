@@ -43,10 +43,8 @@ OPEN = {
     "usam.evaluation.prompt_sweep imports usam.training.engine",
     "usam.evaluation.slices imports usam.training.ema",
     "usam.evaluation.slices imports usam.training.engine",
-    "usam.prediction.slices imports usam.training.engine",
     "usam.prediction.volumes imports usam.training.clicks",
     "usam.prediction.windows imports usam.training.clicks",
-    "usam.prediction.windows imports usam.training.engine",
     "usam.weights.usam imports usam.training.checkpoint",
 }
 

@@ -21,7 +21,7 @@ from tests.stress.counts import free_port, join
 from tests.stress.injector import in_a_child, wait_for
 from tests.stress.rows import Row
 from usam.models.usam import USam, build_usam
-from usam.runtime import distributed
+from usam.runtime import processes
 from usam.runtime.signals import StopRequest
 from usam.training import checkpoint
 from usam.training.checkpoint import BackgroundSaver, to_cpu
@@ -185,7 +185,7 @@ def told_after(pace: float, steps: int) -> float:
                     if stop.asked():
                         break
             (folder / f"knows-{rank}").write_text(f"{time.time()}", encoding="utf-8")
-            distributed.stop()
+            processes.stop()
 
         log = folder / "log"
         children = [in_a_child(lambda rank=rank: process(rank), log=log) for rank in (0, 1)]

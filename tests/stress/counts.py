@@ -17,7 +17,7 @@ import torch
 from tests.helpers.toy import FLOAT32, SIDE, Slices, Toy
 from tests.stress.injector import in_a_child, wait_for
 from tests.stress.rows import Row
-from usam.runtime import distributed
+from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
 from usam.training import engine
 
@@ -36,7 +36,7 @@ def join(rank: int, world: int, port: int) -> None:
     """Make this process one of `world` that meet at `port`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.start("cpu")
+    processes.start("cpu")
 
 
 def counted(numbers: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -58,7 +58,7 @@ def in_worlds(numbers: Sequence[int], world: int, folder: Path) -> list[dict[int
         if world:
             join(rank, world, port)
         torch.save(counted(numbers), folder / f"{world}-{rank}.pt")
-        distributed.stop()
+        processes.stop()
 
     ranks = range(max(world, 1))
     log = folder / "log"

@@ -13,8 +13,9 @@ import torch
 
 from dataset.transforms import augment
 from usam.models.usam import build_usam
+from usam.runtime.precision import Precision
 from usam.training.compilation import compile_training, should_compile
-from usam.training.engine import Precision, segmentation_step
+from usam.training.engine import segmentation_step
 from usam.training.recomputation import recompute_activations
 
 CPU = torch.device("cpu")

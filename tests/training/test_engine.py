@@ -23,8 +23,9 @@ from tests.helpers.toy import (
     training_loader,
 )
 from usam.models.usam import build_usam
+from usam.runtime.precision import Precision, select_precision
 from usam.training import engine
-from usam.training.engine import Precision, Progress, Recipe, segmentation_step, step_generator
+from usam.training.engine import Progress, Recipe, segmentation_step, step_generator
 
 FLOAT16 = Precision(CPU, torch.float16)
 
@@ -245,11 +246,11 @@ def test_float16_stops_where_no_scale_helps() -> None:
 
 
 def test_amp_names_a_precision() -> None:
-    names = {amp: str(engine.select_precision(amp, CPU)) for amp in ("bf16", "fp16", "off")}
+    names = {amp: str(select_precision(amp, CPU)) for amp in ("bf16", "fp16", "off")}
     assert names == {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
-    assert str(engine.select_precision("auto", CPU)) in ("bfloat16", "float32")
-    assert str(engine.select_precision("auto", torch.device("mps"))) == "float32"
-    assert not engine.select_precision("bf16", CPU).scaler().is_enabled()
+    assert str(select_precision("auto", CPU)) in ("bfloat16", "float32")
+    assert str(select_precision("auto", torch.device("mps"))) == "float32"
+    assert not select_precision("bf16", CPU).scaler().is_enabled()
 
 
 # ------------------------------------------------------------------------ mid-epoch

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from dataset.crops import normalise
 from tests.helpers.toy import CPU, FLOAT32, one_group, train, training_loader
 from usam.models.sam_med3d import SamMed3d, Size
-from usam.runtime import distributed
+from usam.runtime import processes
+from usam.runtime.samplers import EvaluationShard
 from usam.training.clicks import (
     answers_to_clicks,
     click_dice,
@@ -148,8 +149,8 @@ def test_every_click_is_kept_and_the_last_answer_is_given_back(monkeypatch) -> N
 def weights_after_epochs(num_batches: int, accumulation: int) -> list[list[float]]:
     """A digest of this process's weights after each of two epochs."""
     model, progress = micro(), Progress()
-    wrapped, optimizer = distributed.wrap(model, CPU), one_group(model)
-    data = training_loader(Balls(num_batches * distributed.world_size()), 1)
+    wrapped, optimizer = processes.wrap(model, CPU), one_group(model)
+    data = training_loader(Balls(num_batches * processes.world_size()), 1)
     digests = []
     for _ in range(2):
         data.batch_sampler.epoch = progress.epoch
@@ -165,19 +166,19 @@ def process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.start("cpu")
+    processes.start("cpu")
     found = {
         "weights": weights_after_epochs(3, 2),
         "dice": click_dice(
             micro(),
-            DataLoader(Balls(3), sampler=distributed.EvaluationShard(3)),
+            DataLoader(Balls(3), sampler=EvaluationShard(3)),
             normalise=normalise,
             precision=FLOAT32,
             seed=7,
         ),
     }
     torch.save(found, folder / f"{rank}.pt")
-    distributed.stop()
+    processes.stop()
 
 
 def test_two_processes_end_every_epoch_with_equal_weights_and_scores(tmp_path: Path) -> None:

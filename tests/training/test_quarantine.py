@@ -13,8 +13,8 @@ from dataset.store.slices import SliceStore
 from tests.helpers.command import TRAINED, assert_refused, run
 from tests.helpers.layouts import slice_store
 from tests.helpers.toy import Slices, Toy, one_group, train
-from usam.runtime.distributed import TrainingBatches
 from usam.runtime.loaders import loader_for
+from usam.runtime.samplers import TrainingBatches
 from usam.training.engine import Progress, Recipe
 from usam.training.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
 

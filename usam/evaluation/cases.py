@@ -23,9 +23,10 @@ from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.surfaces import require_monai
 from usam.prediction.output import class_colors
 from usam.prediction.slices import to_native
-from usam.runtime.case_shards import CaseShard, gather_texts
 from usam.runtime.figures import save_overlay
 from usam.runtime.loaders import loader_for
+from usam.runtime.processes import gather_texts
+from usam.runtime.samplers import CaseShard
 from usam.training import engine
 
 NUM_WORST = 6  # cases with a picture

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from usam.evaluation.surfaces import surface_dice
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.prediction.windows import Encoder, Session
-from usam.runtime.distributed import rank, reduce_sum, world_size
+from usam.runtime.processes import rank, reduce_sum, world_size
 from usam.runtime.progress import progress_bar
 from usam.training.clicks import NUM_CLICKS, THRESHOLD, click_generator, clicks_text
 

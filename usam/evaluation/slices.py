@@ -20,12 +20,12 @@ from usam.evaluation.merge import FOLDERS, check_output, merged
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
 from usam.models.ensemble import VIEWS, Averaged, check_members
 from usam.prediction.output import class_colors
-from usam.runtime import distributed
-from usam.runtime.distributed import say
+from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
+from usam.runtime.precision import Precision
+from usam.runtime.processes import say
 from usam.training import engine
 from usam.training.ema import averaged
-from usam.training.engine import Precision
 from usam.weights import usam as weights
 
 NUM_OVERLAYS = 8
@@ -79,7 +79,7 @@ def evaluate(
     if args.prompt_sweep:
         loader = evaluation_loader(data, **load)
         swept = sweep_prompts(model, loader, img_size=args.img_size, seed=args.seed, **how)
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     facts = answers_text(args) | {
         "dataset": args.dataset, "split": "test" if args.fold is None else f"fold {args.fold}",
@@ -123,7 +123,7 @@ def warn_of_preparation(args: Namespace, saved: dict[str, Any], data: SliceDatas
 
 def merge(args: Namespace) -> None:
     """Print and save one report of the cases in all folders of --merge."""
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     check_output(args.merge, args.output_dir)
     made = merged(args.merge, args.seed)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from usam.prediction import output as scan_output
 from usam.prediction.output import STEPS, ProbabilityFile
 from usam.prediction.prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
-from usam.runtime.distributed import is_main
-from usam.training.engine import Precision
+from usam.runtime.precision import Precision
+from usam.runtime.processes import is_main
 
 BATCHES_AHEAD = 2  # prepared while the device works
 PREPARED = ("orientation", "spacing", "img_size", "input", "clahe", "crop", "body_crop")  # of data

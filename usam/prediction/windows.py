@@ -16,8 +16,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from usam.models.sam_med3d import SamMed3d
+from usam.runtime.precision import Precision
 from usam.training.clicks import THRESHOLD
-from usam.training.engine import Precision
 
 Voxel = tuple[int, int, int]
 ReadCrop = Callable[[Voxel, int], Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from usam.runtime.distributed import EvaluationShard
+from usam.runtime.samplers import EvaluationShard
 from usam.runtime.signals import signals_held, sit_out_signals
 
 

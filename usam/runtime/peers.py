@@ -19,7 +19,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from usam.runtime.distributed import world_size
+from usam.runtime.processes import world_size
 
 FAILED = 1  # exit code of a process that ends because another did
 SECONDS = 0.5  # between two signs of life

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from usam.runtime.distributed import is_main
+from usam.runtime.processes import is_main
 
 LOG_SECONDS = 30  # between two lines of a bar that is written to a file
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from usam.runtime.distributed import world_size
 from usam.runtime.peers import end
+from usam.runtime.processes import world_size
 
 STOPPED = 75  # exit code of a run that saved itself and may go on: EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from usam.models.prompts import next_clicks
 from usam.models.sam_med3d import SamMed3d
-from usam.runtime.distributed import reduce_sum
+from usam.runtime.precision import Precision
+from usam.runtime.processes import reduce_sum
 from usam.runtime.progress import progress_bar
-from usam.training.engine import Batch, Precision, TrainingStep
+from usam.training.engine import Batch, TrainingStep
 from usam.training.losses import dice_bce_loss
 
 NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored

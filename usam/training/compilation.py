@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from usam.training.engine import Batch, Precision, TrainingStep
+from usam.runtime.precision import Precision
+from usam.training.engine import Batch, TrainingStep
 
 
 def should_compile(choice: str, model: str, device: torch.device) -> bool:

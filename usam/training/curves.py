@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from usam.runtime.distributed import is_main
 from usam.runtime.figures import draw_run_curves
+from usam.runtime.processes import is_main
 
 SHARE = 0.1  # of the time that drawing may take
 

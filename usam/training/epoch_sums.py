@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usam.runtime.distributed import gather, rank, world_size
+from usam.runtime.processes import gather, rank, world_size
 from usam.training.finite_guard import FiniteGuard
 
 

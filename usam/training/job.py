@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from usam.runtime.distributed import Favoured
+from usam.runtime.samplers import ClassBalancedSampling
 from usam.training.engine import TrainingStep
 
 Summary = dict[str, Any]
@@ -28,7 +28,7 @@ class Job:
     "mean_dice" to choose the best by; its batches come through the function it is given. None where
     no cases are set aside. shown: the figures of a summary to print after each epoch. info: the
     checkpoint's "data". decay_at: shares of the training after which rates fall to a tenth; none:
-    they fall steadily. favoured: samples drawn more often than the others.
+    they fall steadily. balanced: classes whose samples are drawn more often.
     """
 
     model: nn.Module
@@ -39,4 +39,4 @@ class Job:
     shown: Callable[[Summary], Mapping[str, float | None]]
     info: Mapping[str, Any]
     decay_at: tuple[float, ...] = ()
-    favoured: Favoured | None = None
+    balanced: ClassBalancedSampling | None = None

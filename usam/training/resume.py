@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from usam.runtime.distributed import from_main, say
+from usam.runtime.processes import from_main, say
 from usam.training import checkpoint
 from usam.training.checkpoint import predecessor, predecessors
 from usam.weights.usam import read_checkpoint

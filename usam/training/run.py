@@ -21,15 +21,16 @@ from torch.utils.data import DataLoader
 from usam.cli import flags
 from usam.evaluation import report
 from usam.evaluation.metrics import rank_score
-from usam.runtime import distributed
-from usam.runtime.distributed import say
+from usam.runtime import processes
 from usam.runtime.loaders import loader_for
+from usam.runtime.precision import Precision
+from usam.runtime.processes import say
+from usam.runtime.samplers import TrainingBatches
 from usam.runtime.signals import STOPPED, StopRequest, Watched
 from usam.training import checkpoint, engine, manifest
 from usam.training.compilation import compile_training, should_compile
 from usam.training.curves import RunCurves, summary_writer
 from usam.training.ema import WeightAverage
-from usam.training.engine import Precision
 from usam.training.epoch_sums import EpochSums
 from usam.training.job import Job
 from usam.training.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
@@ -76,10 +77,10 @@ class Run:
             summary_writer()  # or an error, before an earlier run's files are moved
         self.loader = training_loader(args, precision, job)
         facts = manifest.facts_of(
-            vars(args), job.info, world_size=distributed.world_size(), precision=str(precision)
+            vars(args), job.info, world_size=processes.world_size(), precision=str(precision)
         )
         told = json.dumps([facts["arguments"], facts["data"], str(precision)])
-        distributed.check_same(told, "the flags, the precision or the listings of the data")
+        processes.check_same(told, "the flags, the precision or the listings of the data")
         if saved:
             with blamed_on(args.resume):
                 check_saved(args, saved, facts)
@@ -100,7 +101,7 @@ class Run:
             best=self.best, optimizer=optimizer, scaler=scaler, average=self.average, facts=facts,
         )  # fmt: skip
         self._one_epoch = partial(
-            engine.train_one_epoch, distributed.wrap(job.model, precision.device), self.loader,
+            engine.train_one_epoch, processes.wrap(job.model, precision.device), self.loader,
             optimizer, step=job.step, recipe=recipe_of(args, job), precision=precision,
             scaler=scaler, progress=self.progress, average=self.average,
         )  # fmt: skip
@@ -163,8 +164,8 @@ class Run:
     def close_epoch(self) -> None:
         """Validate, log and save the epoch that `line` is of; leaves if asked to before it ends."""
         job, line, best = self.job, dict(self.line), self.best
-        distributed.broadcast_buffers(job.model)
-        distributed.check_same_weights(job.model, line["epoch"])
+        processes.broadcast_buffers(job.model)
+        processes.check_same_weights(job.model, line["epoch"])
         if self.stop.asked(at_once=True):
             self.leave()
         score = None
@@ -212,7 +213,7 @@ def training_loader(args: Namespace, precision: Precision, job: Job) -> DataLoad
         sample = {key: value for key, value in data[0, 0].items() if key != UNREADABLE}
         samples = [sample] * min(args.batch_size, len(data))
         compile_training(job.model, job.step, samples, precision)
-    batches = distributed.TrainingBatches(len(data), args.batch_size, args.seed, job.favoured)
+    batches = TrainingBatches(len(data), args.batch_size, args.seed, job.balanced)
     return loader_for(data, args.num_workers, batch_sampler=batches, collate_fn=collate)
 
 
@@ -230,7 +231,7 @@ def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
     )
 
 
-def counts(batches: distributed.TrainingBatches, unreadable: int) -> dict[str, int]:
+def counts(batches: TrainingBatches, unreadable: int) -> dict[str, int]:
     """What became of the samples listed: seen, quarantined, or skipped with the incomplete step."""
     places = len(batches) * batches.samples_per_step
     return {

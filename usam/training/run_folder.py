@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from usam.runtime.distributed import is_main
+from usam.runtime.processes import is_main
 from usam.training import checkpoint, manifest
 from usam.training.checkpoint import BackgroundSaver, predecessors
 from usam.training.ema import WeightAverage, averaged

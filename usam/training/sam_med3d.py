@@ -33,12 +33,12 @@ from usam.prediction.output import (
     save_montage,
 )
 from usam.prediction.windows import MAX_WINDOWS, Encoder
-from usam.runtime import distributed
-from usam.runtime.distributed import say
+from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
+from usam.runtime.precision import Precision
+from usam.runtime.processes import say
 from usam.training import checkpoint
 from usam.training import clicks as clicks3d
-from usam.training.engine import Precision
 from usam.training.job import Job, Summary, Watch
 from usam.weights import sam_med3d as weights3d
 
@@ -54,7 +54,7 @@ def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Trai
     if args.predict:
         predict_volumes(args, precision, model)
         return
-    with distributed.main_process_first():
+    with processes.main_process_first():
         store = open_volumes(args.dataset, args.data_root)
     for line in store.dropped:
         say(f"left out: {line}")
@@ -147,7 +147,7 @@ def evaluate_volumes(
     scores, failed = evaluate3d.evaluate_objects(
         items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
     )
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     facts = {
         "checkpoint": str(args.resume or args.sam_weight), "dataset": args.dataset,
@@ -180,7 +180,7 @@ def predict_volumes(args: Namespace, precision: Precision, model: SamMed3d) -> N
     args.output_dir.mkdir(parents=True, exist_ok=True)
     named = list(zip(scans, output_names(scans), strict=True))
     failures = 0
-    for path, name in named[distributed.rank() :: distributed.world_size()]:
+    for path, name in named[processes.rank() :: processes.world_size()]:
         try:
             print(predict_volume(args, precision, model, path, name), flush=True)
         except (ValueError, OSError) as error:
@@ -188,7 +188,7 @@ def predict_volumes(args: Namespace, precision: Precision, model: SamMed3d) -> N
                 raise
             failures += 1
             print(f"u-sam.py: error: {error}", file=sys.stderr, flush=True)
-    failures = int(distributed.reduce_sum(torch.tensor(failures)))
+    failures = int(processes.reduce_sum(torch.tensor(failures)))
     if failures:
         raise ValueError(f"{failures} of {len(scans)} scans were not segmented, see above")
 

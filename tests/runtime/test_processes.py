@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from tests.helpers.toy import CPU, FLOAT32, Slices, Toy, one_group, train, training_loader
 from usam.models.prompts import MIXED, mixed_mode
 from usam.models.usam import build_usam
-from usam.runtime import distributed
-from usam.runtime.distributed import EvaluationShard, TrainingBatches
+from usam.runtime import processes
+from usam.runtime.samplers import EvaluationShard, TrainingBatches
 from usam.training import engine
 from usam.training.engine import Progress, Recipe, segmentation_step, step_generator
 
@@ -75,9 +75,9 @@ def gradients_of_first_step(
 
     optimizer = one_group(model)
     optimizer.register_step_pre_hook(note)
-    number = 2 * accumulation * BATCH * distributed.world_size()
+    number = 2 * accumulation * BATCH * processes.world_size()
     train(
-        distributed.wrap(model, CPU), training_loader(Slices(number, side=32), BATCH), optimizer,
+        processes.wrap(model, CPU), training_loader(Slices(number, side=32), BATCH), optimizer,
         step=segmentation_step(no_augmentation, prompt_mode, CPU), progress=Progress(),
         recipe=Recipe(seed=5, total_samples=100, accumulation_steps=accumulation),
     )  # fmt: skip
@@ -92,10 +92,10 @@ def nan_on_rank_1() -> dict[str, Any]:
     plain = segmentation_step(no_augmentation, 1, CPU)
 
     def step(*given: Any) -> torch.Tensor:
-        return plain(*given) * (math.nan if distributed.rank() == 1 else 1)
+        return plain(*given) * (math.nan if processes.rank() == 1 else 1)
 
     line = train(
-        distributed.wrap(model, CPU), training_loader(Slices(12), BATCH), one_group(model),
+        processes.wrap(model, CPU), training_loader(Slices(12), BATCH), one_group(model),
         step=step, progress=Progress(),
     )  # fmt: skip
     return {"before": before, "after": dict(model.named_parameters()), "line": line}
@@ -103,9 +103,9 @@ def nan_on_rank_1() -> dict[str, Any]:
 
 def turns(folder: Path) -> bool:
     """Whether rank 0 had ended before this process began."""
-    done = folder / f"done-{distributed.world_size()}"
-    with distributed.main_process_first():
-        if distributed.is_main():
+    done = folder / f"done-{processes.world_size()}"
+    with processes.main_process_first():
+        if processes.is_main():
             time.sleep(0.3)
             done.touch()
         return done.exists()
@@ -114,8 +114,8 @@ def turns(folder: Path) -> bool:
 def statistics_after_broadcast() -> dict[str, torch.Tensor]:
     model = Toy()
     for buffer in model.buffers():
-        buffer.fill_(7 + distributed.rank())
-    distributed.broadcast_buffers(model)
+        buffer.fill_(7 + processes.rank())
+    processes.broadcast_buffers(model)
     return dict(model.named_buffers())
 
 
@@ -124,7 +124,7 @@ def what_differs() -> dict[str, bool]:
     model, drifted = toy(), toy()
     with torch.no_grad():  # by the last bit of one weight
         bits = drifted.inner.weight.view(torch.int32).view(-1)
-        bits[7] ^= int(distributed.rank() == 1)
+        bits[7] ^= int(processes.rank() == 1)
 
     def raises(check: Callable[..., None], *given: Any) -> bool:
         try:
@@ -134,27 +134,27 @@ def what_differs() -> dict[str, bool]:
         return False
 
     return {
-        "weights": raises(distributed.check_same_weights, model, 0),
-        "drifted": raises(distributed.check_same_weights, drifted, 0),
-        "text": raises(distributed.check_same, "a listing", "the listings"),
-        "texts": raises(distributed.check_same, f"{distributed.rank()}", "the listings"),
+        "weights": raises(processes.check_same_weights, model, 0),
+        "drifted": raises(processes.check_same_weights, drifted, 0),
+        "text": raises(processes.check_same, "a listing", "the listings"),
+        "texts": raises(processes.check_same, f"{processes.rank()}", "the listings"),
     }
 
 
 def of_one_world(rank: int, folder: Path) -> dict[str, Any]:
     """What a process of two or three finds out."""
     found: dict[str, Any] = {
-        "rank": distributed.rank(),
+        "rank": processes.rank(),
         "batches": {number: batches_of_an_epoch(number) for number in COUNTS},
         "counts": {number: evaluation_counts(number) for number in COUNTS},
         "buffers": statistics_after_broadcast(),
         "turns": turns(folder),
-        "sum": distributed.reduce_sum(torch.tensor([rank + 1])).item(),
-        "rows": distributed.gather(torch.tensor([rank, 7])).tolist(),
-        "told": distributed.from_main(lambda: 40 + rank),
+        "sum": processes.reduce_sum(torch.tensor([rank + 1])).item(),
+        "rows": processes.gather(torch.tensor([rank, 7])).tolist(),
+        "told": processes.from_main(lambda: 40 + rank),
         "differs": what_differs(),
     }
-    if distributed.world_size() == 2:
+    if processes.world_size() == 2:
         found["steps"] = {
             mode: gradients_of_first_step(tiny_usam, 1, mode) for mode in (*PROMPT_MODES, MIXED)
         }
@@ -170,9 +170,9 @@ def process(rank: int, ports: tuple[int, int], folder: Path) -> None:
         if rank < world:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            assert distributed.start("cpu") == CPU
+            assert processes.start("cpu") == CPU
             torch.save(of_one_world(rank, folder), folder / f"{world}-{rank}.pt")
-            distributed.stop()
+            processes.stop()
 
 
 def free_ports(number: int) -> tuple[int, ...]:
@@ -368,9 +368,9 @@ def test_weights_and_listings_that_differ_between_ranks_are_an_error_on_all(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_fingerprints_tell_every_bit_and_place_apart(dtype: torch.dtype) -> None:
     values = (torch.arange(8) % 2).to(dtype).view(2, 4)
-    seen = {int(distributed.fingerprint(values)), int(distributed.fingerprint(values.flip(1)))}
+    seen = {int(processes.fingerprint(values)), int(processes.fingerprint(values.flip(1)))}
     for byte in range(values.numel() * values.element_size()):
         changed = values.clone()
         changed.view(torch.uint8).view(-1)[byte] ^= 1
-        seen.add(int(distributed.fingerprint(changed)))
+        seen.add(int(processes.fingerprint(changed)))
     assert len(seen) == 2 + values.numel() * values.element_size()

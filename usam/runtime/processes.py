@@ -1,6 +1,6 @@
-"""Processes, devices and who works on which sample.
+"""The processes of a run and the device of each: start, communication, checks that all agree.
 
-u-sam.py starts here; the engine reduces and shards through these functions, alone or among many.
+Every function also works in a run of one process, without a process group.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Sampler
 
 TIMEOUT = timedelta(minutes=30)  # packing a data set on rank 0 is the longest wait
 
@@ -161,6 +158,18 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def gather_texts(text: str) -> list[str]:
+    """`text` of every process, in order of rank, on all of them; sent as bytes."""
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = gather(torch.tensor(len(own))).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(own)] = own
+    received = gather(padded)
+    return [
+        part[:size].numpy().tobytes().decode() for part, size in zip(received, sizes, strict=True)
+    ]
+
+
 def from_main(ask: Callable[[], int]) -> int:
     """What `ask` gives on the main process, on all of them; the others do not ask."""
     answer = torch.tensor(ask() if is_main() else 0)
@@ -201,79 +210,3 @@ def broadcast_buffers(model: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-class Favoured(NamedTuple):
-    """Samples that training sees more often than their number says.
-
-    share: of an epoch's samples that are drawn from `groups` instead, one group (of sample indices)
-    as likely as the other; empty ones are passed over. Source: nnU-Net (Isensee et al. 2021), which
-    draws a third of its patches around foreground.
-    """
-
-    share: float
-    groups: list[np.ndarray]
-
-
-class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of one process in one epoch, each a list of (sample index, epoch).
-
-    The order is a permutation drawn from (seed, epoch), in which those `favoured` take the places
-    of some others; consecutive runs of world_size * batch_size samples are one step, dealt out to
-    the ranks. The incomplete last step is dropped unless it is the only one, so every rank takes
-    the same number of steps. An index carries its epoch because what a data set draws at random
-    depends on both.
-    """
-
-    def __init__(
-        self, num_samples: int, batch_size: int, seed: int, favoured: Favoured | None = None
-    ) -> None:
-        if num_samples < 1:
-            raise ValueError("there are no training samples")
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.favoured = favoured
-        self.epoch = 0
-        self.first_step = 0
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples all ranks together take in one step."""
-        return min(self.batch_size * world_size(), self.num_samples)
-
-    def __len__(self) -> int:
-        """Steps of a whole epoch, also when it is entered in the middle."""
-        return self.num_samples // self.samples_per_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self._order()
-        for step in range(self.first_step, len(self)):
-            start = step * self.samples_per_step
-            block = order[start : start + self.samples_per_step]
-            share = block[rank() :: world_size()]
-            if not len(share):  # fewer samples than ranks: some serve twice
-                share = block[rank() % len(block) :][:1]
-            yield [(int(index), self.epoch) for index in share]
-
-    def _order(self) -> np.ndarray:
-        """Sample indices (num_samples,) in the order of the epoch."""
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.num_samples)
-        groups = [group for group in self.favoured.groups if len(group)] if self.favoured else []
-        if groups:
-            places = np.flatnonzero(rng.random(self.num_samples) < self.favoured.share)
-            chosen = rng.integers(len(groups), size=len(places))
-            order[places] = [rng.choice(groups[number]) for number in chosen]
-        return order
-
-
-class EvaluationShard(Sampler[int]):
-    """This rank's samples of an evaluation: every world_size-th, none twice, none left out."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.indices = range(rank(), num_samples, world_size())
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
