@@ -34,6 +34,7 @@ from dataset.store.slices import HEADER_BYTES, npy_header
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".npz")
 SLAB_BYTES = 2**25
+NIFTI_HEADER_BYTES = 540  # of version 2; version 1 takes 348
 NUMPYS_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -132,9 +133,8 @@ def _nifti_header(path: Path) -> tuple[ScanHeader, Any]:
     """Header and nibabel's lazy array proxy (offset, dtype, slope, inter)."""
     try:
         with _opened(path) as stream:
-            is_nifti2 = 540 in (
-                int.from_bytes(stream.read(4), order) for order in ("little", "big")
-            )
+            block = stream.read(NIFTI_HEADER_BYTES)
+            is_nifti2 = 540 in (int.from_bytes(block[:4], order) for order in ("little", "big"))
         image = (_Nifti2 if is_nifti2 else _Nifti1).from_filename(path)
         proxy, affine = image.dataobj, np.array(image.affine, dtype=np.float64)
         coded = int(image.header["sform_code"]) > 0 or int(image.header["qform_code"]) > 0
@@ -143,7 +143,9 @@ def _nifti_header(path: Path) -> tuple[ScanHeader, Any]:
     if proxy.dtype.kind not in "iuf":
         raise ValueError(f"{path}: voxels are {proxy.dtype}; wanted plain numbers")
     shape, channels = as_volume(path, proxy.shape)
-    header = ScanHeader(path, "nifti", shape, channels, proxy.dtype.name, affine, coded)
+    header = ScanHeader(
+        path, "nifti", shape, channels, proxy.dtype.name, affine, coded, nifti=block
+    )
     size = path.stat().st_size
     available = size * MAX_DEFLATE_RATIO if path.name.lower().endswith(".gz") else size
     claimed = math.prod(shape) * max(channels, 1) * proxy.dtype.itemsize

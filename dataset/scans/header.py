@@ -21,7 +21,9 @@ class ScanHeader:
 
     shape (I, J, K) voxels in file order; channels beyond the third axis; dtype as stored;
     affine (4, 4) float64 voxel index -> RAS mm, None for an npz slice; oriented is False where
-    the file states no orientation (NIfTI without sform and qform) and RAS axes are guessed.
+    the file states no orientation (NIfTI without sform and qform) and RAS axes are guessed; sized
+    is False where it states no voxel size, and 1 is put in its place. nifti: the first bytes of a
+    NIfTI file, its header. remarks: what a user should know of the header, a line each.
     """
 
     path: Path
@@ -31,13 +33,23 @@ class ScanHeader:
     dtype: str
     affine: np.ndarray | None
     oriented: bool = True
+    sized: bool = True
+    nifti: bytes | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
-        """Voxel size (i, j, k) in mm, file order; None without an affine."""
-        if self.affine is None:
+        """Voxel size (i, j, k) in mm, file order; None where the file states none."""
+        if self.affine is None or not self.sized:
             return None
         return tuple(float(size) for size in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def voxel_ml(self) -> float | None:
+        """Volume of a voxel in ml; None where the file states no voxel size."""
+        if self.spacing is None:
+            return None
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
 @dataclass(frozen=True)

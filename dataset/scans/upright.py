@@ -6,7 +6,6 @@ Preparation, `verify` and prediction share every step here: read, orient, crop, 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import cv2
 import nibabel as nib
 import numpy as np
 
-from dataset.scans.files import NIFTI_SUFFIXES, read_file
+from dataset.scans.files import read_file
 from dataset.scans.header import Scan, ScanHeader, size_text
 
 Window = tuple[float, float] | str | None
@@ -144,26 +143,6 @@ def _oriented(array: np.ndarray, orientation: str, *, back: bool = False) -> np.
     if orientation == "stored":
         return array.transpose((1, 2, 0) if back else (2, 0, 1))
     raise ValueError(f"orientation {orientation!r} is not known; wanted LPS or stored")
-
-
-def save_label(path: str | Path, label: np.ndarray, scan: Scan) -> None:
-    """Writes a label map (I, J, K) as uint8 NIfTI with the scan's affine, whole or not at all.
-
-    An npz slice has no affine: the identity is written. Raises ValueError for another file name.
-    """
-    path = Path(path)
-    suffix = next((end for end in NIFTI_SUFFIXES if path.name.endswith(end)), None)
-    if suffix is None:
-        raise ValueError(f"{path}: a label map is written as .nii.gz or .nii")
-    affine = np.eye(4) if scan.affine is None else scan.affine
-    image = nib.Nifti1Image(label.astype(np.uint8, copy=False), affine)
-    image.header.set_xyzt_units("mm")
-    scratch = path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}{suffix}")
-    try:
-        nib.save(image, scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def parse_window(words: Sequence[str | float]) -> Window:

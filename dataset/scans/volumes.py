@@ -14,8 +14,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dataset.scans.header import Scan, ScanHeader, size_text
-from dataset.scans.upright import geometry_difference, read_label, read_scan, save_label
+from dataset.scans.header import ScanHeader, size_text
+from dataset.scans.upright import geometry_difference, read_label, read_scan
+from dataset.scans.write import write_label_map
 
 SPACING = 1.5  # mm
 MAX_RESAMPLED = 2**30  # voxels
@@ -160,8 +161,8 @@ class ScanVolume:
         return np.ascontiguousarray(nib.apply_orientation(lps, back))
 
     def save(self, path: str | Path, label: np.ndarray) -> None:
-        """Writes a label at the image's voxels (X, Y, Z), ids 0..255, as the scan's NIfTI label."""
-        save_label(path, self.restore(label), Scan(np.empty(0), self.grid.header))
+        """Write a label at the image's voxels (X, Y, Z) uint8 as a NIfTI placed as the scan."""
+        write_label_map(path, self.restore(label), self.grid.header)
 
 
 def read_volume(path: str | Path, channel: int | None = None) -> ScanVolume:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
 from usam.prediction import output as scan_output
-from usam.prediction.output import STEPS, ProbabilityFile
 from usam.prediction.prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
 from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main
@@ -109,11 +109,10 @@ def predict_scan(
     Raises ValueError where the prompts do not fit the model or the scan.
     """
     given = slice_prompts(prompts, predictor.prompt_mode, scan)
-    header = scan_output.nifti_header(scan.header.path, scan.header.affine)
     label = np.zeros(scan.header.shape, dtype=np.uint8, order="F")
     if predictor.probabilities:
         sink = ProbabilityFile(
-            folder / f"{name}_probabilities.nii", label.shape, len(predictor.classes), header
+            folder / f"{name}_probabilities.nii", len(predictor.classes), scan.header
         )
     else:
         sink = nullcontext()
@@ -122,12 +121,12 @@ def predict_scan(
     if predictor.largest_component:
         scan_output.keep_largest(label)
     path = folder / f"{name}_seg.nii.gz"
-    scan_output.write_label_map(path, label, header)
+    write_label_map(path, label, scan.header)
     rows = scan_output.class_volumes(
         scan_output.count_voxels(label, len(predictor.classes)),
         predictor.classes,
         predictor.colors,
-        scan.header.affine,
+        scan.header.voxel_ml,
     )
     about = describe(scan, given, predictor) | dict(facts)
     scan_output.write_description(folder / f"{name}_seg.json", about | {"classes": rows})

@@ -235,7 +235,7 @@ def with_volumes(
     labels = [row["label"] for row in rows]
     voxels = count_voxels(scan.restore(label), 256)[labels].tolist()
     names = [row["name"] for row in rows]
-    sizes = class_volumes(voxels, names, [""] * len(rows), scan.grid.header.affine)
+    sizes = class_volumes(voxels, names, [""] * len(rows), scan.grid.header.voxel_ml)
     return [
         row | {"voxels": size["voxels"], "volume_ml": size["volume_ml"]}
         for row, size in zip(rows, sizes, strict=True)

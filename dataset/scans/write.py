@@ -1,0 +1,165 @@
+"""Label maps and probabilities as NIfTI files that lie exactly where their scan lies.
+
+Both systems write through here. A file on disk is always whole: it is written beside its name and
+then renamed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import nibabel as nib
+import numpy as np
+
+from dataset.scans.header import ScanHeader
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+STEPS = 65535  # of a probability, which is stored as uint16
+PLACE_FIELDS = (  # of a NIfTI header: everything that places a voxel
+    *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+SPACE_UNITS = 7  # the bits of xyzt_units that hold the unit of length
+MILLIMETRE = 2
+MAX_NIFTI1_SIDE = 32767
+SHEAR_LIMIT = 0.05  # mm at the corners: qform, which cannot hold a shear, is left out beyond it
+
+
+def nifti_header(scan: ScanHeader) -> nib.Nifti1Header:
+    """A NIfTI header without any text that is placed as the scan is.
+
+    A NIfTI scan's own fields are copied as stored, codes and unit of length included, so that
+    every reader that finds the scan at some place finds the copy there. Of other formats the
+    affine becomes both sform and qform. Where slices are sheared (gantry tilt) there is no qform
+    that fits: sform alone is written, which nibabel reads and ITK refuses to open.
+    """
+    if scan.nifti is not None:
+        return _copied(stored_header(scan.nifti))
+    is_long = max(scan.shape) > MAX_NIFTI1_SIDE
+    header = nib.Nifti2Header() if is_long else nib.Nifti1Header()
+    affine = np.eye(4) if scan.affine is None else scan.affine
+    header.set_qform(affine, code="scanner")  # sets the voxel sizes as well
+    header.set_sform(affine, code="scanner")
+    apart = (header.get_qform() - affine) @ _corners(scan.shape).T
+    if np.abs(apart[:3]).max() > SHEAR_LIMIT:
+        header["qform_code"] = 0
+    header["xyzt_units"] = MILLIMETRE if scan.spacing else 0
+    return header
+
+
+def _copied(stored: nib.Nifti1Header) -> nib.Nifti1Header:
+    """A fresh header of the same version with the stored one's place and nothing else of it."""
+    header = type(stored)()
+    for field in PLACE_FIELDS:
+        header[field] = stored[field]
+    header["pixdim"][:4] = stored["pixdim"][:4]
+    header["xyzt_units"] = int(stored["xyzt_units"]) & SPACE_UNITS
+    return header
+
+
+def stored_header(block: bytes) -> nib.Nifti1Header:
+    """The NIfTI-1 or NIfTI-2 header in a file's first bytes, as it stands there, nothing repaired.
+
+    Extensions, which may claim any length, are left out.
+    """
+    is_nifti2 = 540 in (int.from_bytes(block[:4], order) for order in ("little", "big"))
+    kind = nib.Nifti2Header if is_nifti2 else nib.Nifti1Header
+    return kind(block[: kind.sizeof_hdr], check=False)
+
+
+def _corners(shape: tuple[int, int, int]) -> np.ndarray:
+    """Homogeneous indices (8, 4) of the corner voxels of a grid of `shape`."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    return np.concatenate([corners, np.ones((8, 1))], axis=1)
+
+
+def _complete(
+    header: nib.Nifti1Header, dtype: type, shape: tuple[int, ...], slope: float = 1.0
+) -> bytes:
+    """Header bytes of one file without extensions, up to where its voxels begin."""
+    header.set_data_dtype(dtype)
+    header.set_data_shape(shape)
+    header["scl_slope"], header["scl_inter"] = slope, 0
+    header["vox_offset"] = header.single_vox_offset
+    return header.binaryblock + bytes(4)  # no extension follows
+
+
+def write_label_map(path: str | Path, label: np.ndarray, scan: ScanHeader) -> None:
+    """Write a label map (I, J, K) uint8, in the scan's own axes, as a NIfTI placed as the scan.
+
+    path ends in .nii.gz or .nii. The file appears whole or not at all.
+    """
+    path = Path(path)
+    assert path.name.endswith(NIFTI_SUFFIXES), path
+    assert label.dtype == np.uint8, label.dtype
+    assert label.shape == scan.shape, (label.shape, scan.shape)
+    head = _complete(nifti_header(scan), np.uint8, label.shape)
+    scratch = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with scratch.open("wb") as file:
+            if path.name.endswith(".gz"):
+                with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+                    _write_planes(packed, head, label)
+            else:
+                _write_planes(file, head, label)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write_planes(file: BinaryIO, head: bytes, label: np.ndarray) -> None:
+    """The header and a volume plane by plane, so that no second copy of it is held."""
+    file.write(head)
+    for plane in label.transpose(2, 0, 1):
+        file.write(plane.tobytes(order="F"))
+
+
+class ProbabilityFile:
+    """A 4D NIfTI (I, J, K, classes) on the disk, written some slices at a time, then named `path`.
+
+    Stored as uint16 in steps of 1/65535 with the scale in the header, so that viewers show 0 to 1,
+    and not compressed, so that none of it is kept in memory. Use as a context.
+    """
+
+    def __init__(self, path: Path, num_classes: int, scan: ScanHeader) -> None:
+        self.path, self.scratch = path, path.with_name(f".{os.getpid()}.{path.name}")
+        self.shape = (*scan.shape, num_classes)
+        header = nifti_header(scan)
+        header["pixdim"][4] = 1
+        self.head = _complete(header, np.uint16, self.shape, 1 / STEPS)
+        wanted, free = 2 * math.prod(self.shape), shutil.disk_usage(path.parent).free
+        if wanted > free:
+            raise OSError(
+                f"{path}: probabilities take {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            )
+
+    def __enter__(self) -> ProbabilityFile:
+        with self.scratch.open("wb") as file:
+            file.write(self.head)
+            file.truncate(len(self.head) + 2 * math.prod(self.shape))
+        return self
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        steps: np.ndarray,
+        canonical: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Slices `numbers` as uint16 (n, C, H, W); canonical: (I, J, K) -> (S, H, W), a view."""
+        # Mapped anew each time: the pages written then leave this process's memory.
+        stored = np.memmap(
+            self.scratch, np.uint16, mode="r+", offset=len(self.head), shape=self.shape, order="F"
+        )
+        for class_id in range(self.shape[3]):
+            canonical(stored[..., class_id])[list(numbers)] = steps[:, class_id]
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            os.replace(self.scratch, self.path)
+        self.scratch.unlink(missing_ok=True)
