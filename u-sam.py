@@ -32,6 +32,7 @@ from dataset.transforms import AUGMENTATIONS
 from usam.cli.flags import parse_flags, settle
 from usam.cli.recipes import chosen_loss, jitter_pixels
 from usam.evaluation import report
+from usam.evaluation.pixels import count_pixels
 from usam.evaluation.slices import answering_model, answers_text, evaluate, merge
 from usam.models.prompts import MIXED
 from usam.models.size import count_parameters, multiply_accumulates
@@ -171,7 +172,7 @@ def slices_job(
     mode = 0 if args.prompt_mode == MIXED else args.prompt_mode
 
     def validate(watch: Watch) -> Summary:
-        counts = engine.evaluate(model, watch(validation), prompt_mode=mode, precision=precision)
+        counts = count_pixels(model, watch(validation), prompt_mode=mode, precision=precision)
         return counts.summary(classes) | {"prompts": report.PROMPT_SOURCES[mode]}
 
     def shown(summary: Summary) -> dict[str, float | None]:

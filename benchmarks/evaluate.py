@@ -26,9 +26,9 @@ from benchmarks.train_step import CLASSES, ReadyBatches, precision_of
 from benchmarks.train_step import Case as Batches
 from dataset.slices import SliceDataset, split_slices
 from dataset.store.slices import SliceStore
+from usam.evaluation.pixels import count_pixels
 from usam.models.usam import USam, build_usam
 from usam.runtime.precision import Precision
-from usam.training import engine
 
 
 class Case(NamedTuple):
@@ -67,9 +67,7 @@ QUICK = (Case(32, 2, 2, "float32"), Case(32, 2, 2, "bfloat16", "", 4, True))
 
 def our_work(model: USam, loader: Any, precision: Precision) -> Work:
     """The engine's evaluation, until the counts are on the host."""
-    return lambda: engine.evaluate(
-        model, loader, prompt_mode=0, precision=precision
-    ).tensor.tolist()
+    return lambda: count_pixels(model, loader, prompt_mode=0, precision=precision).tensor.tolist()
 
 
 def in_memory(case: Case, model: USam, plain: PlainUSam, device: torch.device) -> tuple[Work, Work]:

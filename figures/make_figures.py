@@ -25,12 +25,13 @@ from dataset import build_dataset, build_volumes  # noqa: E402
 from dataset.crops import normalise  # noqa: E402
 from dataset.phantom import pelvis as phantom  # noqa: E402
 from dataset.scans.upright import apply_window  # noqa: E402
+from usam.evaluation import clicks as clicks3d  # noqa: E402
+from usam.evaluation.pixels import predictions  # noqa: E402
 from usam.models.sam_med3d import build_sam_med3d  # noqa: E402
 from usam.models.usam import build_usam  # noqa: E402
 from usam.runtime.figures import blend  # noqa: E402
 from usam.runtime.precision import select_precision  # noqa: E402
-from usam.training import checkpoint, engine  # noqa: E402
-from usam.training import clicks as clicks3d  # noqa: E402
+from usam.training import checkpoint  # noqa: E402
 from usam.weights import usam as weights  # noqa: E402
 
 COLUMNS = 4
@@ -81,7 +82,7 @@ def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
     checkpoint.load_model_state(model, saved["model"], resume)
     loader = [torch.utils.data.default_collate([data[i]]) for i in data.showcase(COLUMNS)]
     precision = select_precision("off", torch.device("cpu"))
-    shown = engine.predictions(
+    shown = predictions(
         model, loader, prompt_mode=saved["data"]["prompt_mode"], precision=precision
     )
     figure = Figure(figsize=(2.6 * COLUMNS, 8.2), layout="constrained")

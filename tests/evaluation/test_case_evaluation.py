@@ -15,11 +15,11 @@ from dataset.store.slices import SliceStore, write_case, write_index
 from tests.helpers.toy import FLOAT32
 from usam.evaluation import cases as case_evaluation
 from usam.evaluation.cases import NUM_WORST, evaluate_cases, known_spacings, shown_box
+from usam.evaluation.pixels import count_pixels
 from usam.runtime import samplers
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.processes import gather_texts
 from usam.runtime.samplers import CaseShard
-from usam.training import engine
 
 pytest.importorskip("monai")
 HOW = {"prompt_mode": 0, "precision": FLOAT32}
@@ -75,7 +75,7 @@ def data(tmp_path: Path) -> SliceDataset:
 def test_a_perfect_model_scores_perfectly_and_counts_stay_as_they_were(data: SliceDataset) -> None:
     counts, cases = evaluate_cases(Thresholds(), data, **RUN)
     loader = evaluation_loader(data, num_workers=0, batch_size=4)
-    assert torch.equal(counts.tensors, engine.evaluate(Thresholds(), loader, **HOW).tensors)
+    assert torch.equal(counts.tensors, count_pixels(Thresholds(), loader, **HOW).tensors)
     assert list(cases.rows) == ["case0", "case1", "case2"]
     assert cases.in_mm
     assert cases.num_slices == {"case0": 3, "case1": 3, "case2": 3}

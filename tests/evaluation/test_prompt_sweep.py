@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from tests.helpers.toy import FLOAT32, SIDE, Slices, Toy
 from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.pixels import count_pixels
 from usam.evaluation.prompt_sweep import (
     JITTERS,
     Swept,
@@ -19,7 +20,6 @@ from usam.evaluation.prompt_sweep import (
     sweep_table,
 )
 from usam.models.prompts import prompts_from_masks
-from usam.training import engine
 
 CLASSES = ["background", "organ", "tumour"]
 
@@ -53,7 +53,7 @@ def test_exact_prompts_score_as_the_plain_evaluation_does() -> None:
     model, loader = Toy(), DataLoader(Slices(10), batch_size=4)
     found = {(one.mode, one.jitter): one.counts.tensors for one in swept(4)}
     for mode in range(4):
-        counts = engine.evaluate(model, loader, prompt_mode=mode, precision=FLOAT32)
+        counts = count_pixels(model, loader, prompt_mode=mode, precision=FLOAT32)
         assert torch.equal(found[mode, "0"], counts.tensors)
 
 

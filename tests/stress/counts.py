@@ -17,9 +17,9 @@ import torch
 from tests.helpers.toy import FLOAT32, SIDE, Slices, Toy
 from tests.stress.injector import in_a_child, wait_for
 from tests.stress.rows import Row
+from usam.evaluation.pixels import count_pixels
 from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
-from usam.training import engine
 
 BATCH = 3
 WORLDS = (1, 2, 3, 4)
@@ -45,7 +45,7 @@ def counted(numbers: Sequence[int]) -> dict[int, torch.Tensor]:
     model, found = Toy(), {}
     for number in numbers:
         loader = evaluation_loader(Slices(number), num_workers=0, batch_size=BATCH)
-        counts = engine.evaluate(model, loader, prompt_mode=1, precision=FLOAT32)
+        counts = count_pixels(model, loader, prompt_mode=1, precision=FLOAT32)
         found[number] = counts.tensors.clone()
     return found
 

@@ -21,6 +21,7 @@ import torch
 
 from tests.stress.injector import Injector, Moment, on_call
 from tests.stress.tiny_run import as_main
+from usam.evaluation import pixels
 from usam.training import engine
 from usam.training.run_folder import RunFolder
 
@@ -91,7 +92,7 @@ class Strike:
         engine.segmentation_step = made
 
     def _in_evaluation(self) -> None:
-        predictions = engine.predictions
+        predictions = pixels.predictions
 
         def struck(*args: Any, **how: Any) -> Iterator[Any]:
             for number, batch in enumerate(predictions(*args, **how)):
@@ -99,7 +100,7 @@ class Strike:
                     self.act()
                 yield batch
 
-        engine.predictions = struck
+        pixels.predictions = struck
 
     def _in_save(self) -> None:
         """On rank 0 and by SIGKILL within the writing of last.pth, else where the save begins."""

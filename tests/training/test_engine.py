@@ -22,7 +22,9 @@ from tests.helpers.toy import (
     train,
     training_loader,
 )
+from usam.evaluation.pixels import count_pixels, predictions
 from usam.models.usam import build_usam
+from usam.runtime.loaders import to_device
 from usam.runtime.precision import Precision, select_precision
 from usam.training import engine
 from usam.training.engine import Progress, Recipe, segmentation_step, step_generator
@@ -330,7 +332,7 @@ def test_images_come_to_the_model_in_zero_to_one_and_masks_as_labels() -> None:
         "image": torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8),
         "mask": torch.tensor([[[0, 2, 1]]], dtype=torch.uint8),
     }
-    image, mask = engine.to_device(batch, CPU)
+    image, mask = to_device(batch, CPU)
     torch.testing.assert_close(image, torch.tensor([[[[0.0, 0.2, 1.0]]]]))
     assert mask.tolist() == [[[0, 2, 1]]]
     assert mask.dtype == torch.int64
@@ -341,12 +343,12 @@ def test_evaluation_is_the_same_twice_and_changes_nothing() -> None:
     before = copy.deepcopy(model.state_dict())
     loader = DataLoader(Slices(7), batch_size=3)
     first, second = (
-        engine.evaluate(model, loader, prompt_mode=3, precision=FLOAT32).tensor for _ in range(2)
+        count_pixels(model, loader, prompt_mode=3, precision=FLOAT32).tensor for _ in range(2)
     )
     assert torch.equal(first, second)
     assert int(first.sum()) == 7 * 8 * 8
     assert_same(model.state_dict(), before)
-    alone = engine.evaluate(
+    alone = count_pixels(
         model, DataLoader(Slices(7), batch_size=1), prompt_mode=3, precision=FLOAT32
     )
     assert torch.equal(alone.tensor, first)
@@ -363,7 +365,7 @@ def test_published_models_get_their_points_as_row_and_column() -> None:
     model, loader = Listening(), DataLoader(Slices(2), batch_size=2)
     drawn = []
     for swapped in (False, True):
-        found = engine.predictions(
+        found = predictions(
             model, loader, prompt_mode=2, precision=FLOAT32, points_are_row_col=swapped
         )
         drawn += [prompts["points"][0] for _, _, prompts, _ in found]

@@ -15,17 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.crops import normalise
 from tests.helpers.toy import CPU, FLOAT32, one_group, train, training_loader
+from usam.evaluation.clicks import answers_to_clicks, click_dice, click_generator, dice
 from usam.models.sam_med3d import SamMed3d, Size
 from usam.runtime import processes
 from usam.runtime.samplers import EvaluationShard
-from usam.training.clicks import (
-    answers_to_clicks,
-    click_dice,
-    click_generator,
-    click_step,
-    dice,
-    rounds_loss,
-)
+from usam.training.clicks import click_step, rounds_loss
 from usam.training.engine import Progress, Recipe
 from usam.training.losses import dice_bce_loss
 from usam.training.schedule import learning_rate_factor

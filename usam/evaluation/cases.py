@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from usam.evaluation.case_metrics import Part, Row, mean_row, score_case
 from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.pixels import count_pixels
 from usam.evaluation.surfaces import require_monai
 from usam.prediction.output import class_colors
 from usam.prediction.slices import to_native
 from usam.runtime.figures import save_overlay
-from usam.runtime.loaders import loader_for
+from usam.runtime.loaders import Batch, loader_for
 from usam.runtime.processes import gather_texts
 from usam.runtime.samplers import CaseShard
-from usam.training import engine
 
 NUM_WORST = 6  # cases with a picture
 MIN_SHOWN = 64  # pixels a side of these pictures, at least
@@ -109,7 +109,7 @@ def evaluate_cases(
 ) -> tuple[ClassCounts, CaseScores]:
     """Pooled counts and the scores of every case, the same on all processes.
 
-    how: keyword arguments of `engine.evaluate`. Each process takes whole cases, and holds the
+    how: keyword arguments of `count_pixels`. Each process takes whole cases, and holds the
     labels of one at a time. Raises ValueError where MONAI is missing or `spacing` is superfluous.
     """
     require_monai()
@@ -118,7 +118,7 @@ def evaluate_cases(
     loader = loader_for(data, num_workers, sampler=shard, batch_size=batch_size)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         cases = CaseCollector(data, shard.indices, spacings=spacings, run=pool.map)
-        counts = engine.evaluate(model, loader, each=cases.add, **how)
+        counts = count_pixels(model, loader, each=cases.add, **how)
         cases.finish()
     found = json.dumps({"cases": cases.scored, "worst": cases.pictures()}, allow_nan=False)
     parts = [json.loads(text) for text in gather_texts(found)]
@@ -160,7 +160,7 @@ class CaseCollector:
         self._parts: dict[int, Part] = {}
         self._held: list[int] = []  # indices of the case's slices so far
 
-    def add(self, batch: engine.Batch, logits: Tensor) -> None:
+    def add(self, batch: Batch, logits: Tensor) -> None:
         """Take in the next samples: their ids in `batch`, their logits (N, C, h, w)."""
         # Classes side by side: a CPU then resizes and compares them four times as fast.
         logits = logits.float().contiguous(memory_format=torch.channels_last)

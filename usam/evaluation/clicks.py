@@ -1,6 +1,6 @@
-"""A simulated user clicks on held-out objects in whole volumes; Dice and NSD after each click.
+"""SAM-Med3D's scores: Dice and NSD after the clicks of a simulated user on held-out objects.
 
-u-sam.py --model sam-med3d --eval calls `evaluate_objects` and `write_report`.
+`evaluate` clicks in whole volumes; `click_dice` in crops, as validation does after each epoch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +20,25 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset import VolumeStore, build_volumes
+from dataset.crops import crop_reader
+from dataset.scans.volumes import SPACING
 from usam.evaluation.surfaces import surface_dice
 from usam.models.prompts import largest_error_click, next_clicks
+from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.prediction.windows import Encoder, Session
-from usam.runtime.processes import rank, reduce_sum, world_size
+from usam.runtime.loaders import Batch
+from usam.runtime.precision import Precision
+from usam.runtime.processes import is_main, rank, reduce_sum, world_size
 from usam.runtime.progress import progress_bar
-from usam.training.clicks import NUM_CLICKS, THRESHOLD, click_generator, clicks_text
 
+NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored
 TOLERANCE = 1.0  # mm, of the NSD
 SCORES = ("dice", "nsd")
 OpenCase = Callable[[int], tuple[Encoder, np.ndarray]]
+
+
+Normalise = Callable[[Tensor], Tensor]
 
 
 class Item(NamedTuple):
@@ -37,6 +48,38 @@ class Item(NamedTuple):
     case_id: str
     label: int
     name: str
+
+
+def evaluate(args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore) -> None:
+    """Print and save what a simulated user reaches on whole test volumes, click by click."""
+    data = build_volumes(
+        args.dataset, "test", side=model.side, seed=args.seed, val_fraction=args.val_fraction,
+        only=args.classes, store=store,
+    )  # fmt: skip
+    model.eval()
+    items = [
+        Item(number, store.cases[number]["id"], label, store.classes[label])
+        for number, label in data.objects
+    ]
+
+    def open_case(number: int) -> tuple[Encoder, np.ndarray]:
+        image, label = store.read(number)
+        return Encoder(model, image.shape, read=crop_reader(image), precision=precision), label
+
+    scores, failed = evaluate_objects(
+        items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
+    )
+    if not is_main():
+        return
+    facts = {
+        "checkpoint": str(args.resume or args.sam_weight), "dataset": args.dataset,
+        "split": "test", "cases": len(data.case_ids), "clicks": args.clicks,
+    }  # fmt: skip
+    folder = args.output_dir
+    summary = write_report(folder, items, scores, failed=failed, facts=facts)
+    print(format_clicks(summary))
+    print(f"scores: {folder / 'metrics.json'}, {folder / 'clicks.csv'}\n"
+          f"curves: {folder / 'clicks.png'}")  # fmt: skip
 
 
 def evaluate_objects(
@@ -116,6 +159,96 @@ def _largest_error(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     part = (..., *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))
     coords, labels = largest_error_click(logits[part], mask[part], threshold=THRESHOLD)
     return coords + low, labels
+
+
+# ------------------------------------------------------------------ crops
+
+
+def crops_to_device(
+    batch: Batch, normalise: Normalise, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The batch's normalised crops (N, 1, S, S, S) and masks (N, 1, S, S, S) uint8, on `device`."""
+    volume = batch["image"].to(device, non_blocking=True)
+    return normalise(volume), batch["mask"].to(device, non_blocking=True).unsqueeze(1)
+
+
+def click_generator(seed: int, name: str) -> torch.Generator:
+    """The CPU generator of the simulated user's clicks on the object called `name`.
+
+    It depends on nothing else, so batches, processes and the order of objects change no click.
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+
+
+@torch.inference_mode()
+def click_dice(
+    model: SamMed3d,
+    loader: Iterable[Batch],
+    *,
+    normalise: Normalise,
+    precision: Precision,
+    seed: int,
+) -> dict[str, Any]:
+    """Dice after 1, 3, 5 and 10 clicks on held-out crops, over all processes.
+
+    `model` is the plain module. Gives {"dice": {"1 click": mean, ...}, "mean_dice": their mean}:
+    the best checkpoint is that of the highest mean over the four. Clicks are random, but the
+    same in every epoch. An object whose answer is not finite counts as 0.
+    """
+    model.eval()
+    sums = torch.zeros(len(NUM_CLICKS) + 1, dtype=torch.float64, device="cpu")
+    for batch in progress_bar(loader, desc="validating"):
+        volume, mask = crops_to_device(batch, normalise, precision.device)
+        generators = [click_generator(seed, name) for name in batch["id"]]
+        with precision.autocast():
+            answers = answers_to_clicks(model, volume, mask, generators)
+            scores = [
+                dice(answer, mask)
+                for number, answer in enumerate(answers, start=1)
+                if number in NUM_CLICKS
+            ]
+        sums[:-1] += torch.stack(scores).double().sum(dim=1).cpu()
+        sums[-1] += len(mask)
+    *totals, number = reduce_sum(sums).tolist()
+    means = [total / number for total in totals]
+    named = zip(map(clicks_text, NUM_CLICKS), means, strict=True)
+    return {"dice": dict(named), "mean_dice": sum(means) / len(means)}
+
+
+def answers_to_clicks(
+    model: SamMed3d, volume: Tensor, mask: Tensor, generators: list[torch.Generator]
+) -> Iterator[Tensor]:
+    """Logits (N, 1, S, S, S) after each of 10 simulated clicks, one generator a sample.
+
+    As in training: clicks add up, and each round sees the logits of the one before.
+    """
+    embedding = model.image_encoder(volume)
+    logits = embedding.new_zeros(len(volume), 1, *3 * [model.side // 4], dtype=torch.float32)
+    answer, coords, labels = model.upscale(logits), [], []
+    for _ in range(max(NUM_CLICKS)):
+        clicks = [
+            next_clicks(answer[n : n + 1], mask[n : n + 1], generator, threshold=THRESHOLD)
+            for n, generator in enumerate(generators)
+        ]
+        coords.append(torch.cat([click[0] for click in clicks]))
+        labels.append(torch.cat([click[1] for click in clicks]))
+        points = torch.cat(coords, dim=1), torch.cat(labels, dim=1)
+        logits = model.decode(embedding, points, logits).float()
+        answer = model.upscale(logits)
+        yield answer
+
+
+def dice(logits: Tensor, mask: Tensor) -> Tensor:
+    """Dice (N,) of logits (N, 1, *S) above the threshold and mask (N, 1, *S); 0 if not finite."""
+    found, truth = (logits > THRESHOLD).flatten(1), (mask > 0).flatten(1)
+    both = (found & truth).sum(dim=1)
+    score = 2 * both / (found.sum(dim=1) + truth.sum(dim=1)).clamp(min=1)
+    return score.where(logits.flatten(1).isfinite().all(dim=1), 0)
+
+
+def clicks_text(number: int) -> str:
+    """A number of clicks in words, as reports name it."""
+    return f"{number} click" if number == 1 else f"{number} clicks"
 
 
 # ------------------------------------------------------------------ report

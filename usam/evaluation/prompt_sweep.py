@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from usam.cli.recipes import jitter_pixels
 from usam.evaluation.case_metrics import MEAN
 from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.pixels import count_pixels
 from usam.evaluation.report import PROMPT_SOURCES
 from usam.models.prompts import PROMPT_MODES, jittered
+from usam.runtime.loaders import Batch
 from usam.runtime.progress import progress_bar
-from usam.training import engine
-from usam.training.engine import Batch
 
 JITTERS = ("0", "2%", "5%", "10%")  # of the image's side, either way
 TITLE = "Prompts"
@@ -46,7 +46,7 @@ def sweep_prompts(
 ) -> list[Swept]:
     """Pixel counts for each of PROMPT_MODES and JITTERS over all samples of all processes.
 
-    how: keyword arguments of `engine.evaluate` but for the prompts. What a prompt is off by
+    how: keyword arguments of `count_pixels` but for the prompts. What a prompt is off by
     depends on `seed`, the jitter and the slice alone.
     """
     ways = [
@@ -56,7 +56,7 @@ def sweep_prompts(
     for mode, jitter in progress_bar(ways, desc="prompts"):
         pixels = jitter_pixels(jitter, img_size)
         alter = partial(move_prompts, pixels=pixels, img_size=img_size, seed=seed)
-        counts = engine.evaluate(
+        counts = count_pixels(
             model, loader, prompt_mode=mode, **how, **({"alter_prompts": alter} if pixels else {})
         )
         found.append(Swept(mode, jitter, counts))

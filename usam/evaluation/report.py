@@ -84,7 +84,7 @@ def draw_overlays(
 ) -> list[Path]:
     """One picture a slice: image with its prompts, truth, prediction; the files' paths.
 
-    shown: batches of one slice from `usam.engine.predictions`. `transpose` turns data upright
+    shown: batches of one slice from `predictions`. `transpose` turns data upright
     that is stored on its side. Pictures of an earlier evaluation in `folder` are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from usam.evaluation import report
 from usam.evaluation.case_report import CaseReport, aligned, write_report
 from usam.evaluation.cases import evaluate_cases
 from usam.evaluation.merge import FOLDERS, check_output, merged
+from usam.evaluation.pixels import predictions
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
 from usam.models.ensemble import VIEWS, Averaged, check_members
 from usam.prediction.output import class_colors
@@ -24,7 +25,6 @@ from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
-from usam.training import engine
 from usam.training.ema import averaged
 from usam.weights import usam as weights
 
@@ -97,7 +97,7 @@ def evaluate(
     page = write_report(args.output_dir / "report", made)
     chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
     overlays = report.draw_overlays(
-        args.output_dir / "overlays", engine.predictions(model, chosen, **asked),
+        args.output_dir / "overlays", predictions(model, chosen, **asked),
         classes=data.classes, colors=colors, transpose=data.info["orientation"] == "stored",
     )  # fmt: skip
     print(f"scores: {metrics}\nreport: {page}")

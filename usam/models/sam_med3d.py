@@ -22,6 +22,8 @@ from usam.models.two_way import meet_at_positions
 PATCH = 16
 PROMPT_DIM = 384
 ROUNDS = 11
+THRESHOLD = 0.0  # logit above which a voxel is in the object: probability 0.5, in training,
+# validation and prediction; the published code trains with it and predicts with logit 0.5
 
 
 class Size(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from usam.models.sam_med3d import THRESHOLD
 from usam.prediction.windows import Encoder, Session
-from usam.training.clicks import THRESHOLD
 
 MAX_JSON_BYTES = 64 << 20
 KEYS = {"name", "label", "points", "box"}

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from usam.models.sam_med3d import SamMed3d
+from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.runtime.precision import Precision
-from usam.training.clicks import THRESHOLD
 
 Voxel = tuple[int, int, int]
 ReadCrop = Callable[[Voxel, int], Tensor]

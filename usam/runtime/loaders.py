@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from usam.runtime.samplers import EvaluationShard
 from usam.runtime.signals import signals_held, sit_out_signals
+
+Batch = dict[str, Any]
 
 
 class Loader(DataLoader):
@@ -36,3 +39,9 @@ def evaluation_loader(data: Dataset, *, num_workers: int, batch_size: int) -> Da
     """A loader over this process's share of `data`, each sample once among all processes."""
     shard = EvaluationShard(len(data))
     return loader_for(data, num_workers, sampler=shard, batch_size=batch_size)
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The batch's image (N, C, H, W) float in [0, 1] and mask (N, H, W) long, on `device`."""
+    image = batch["image"].to(device, non_blocking=True).float() / 255
+    return image, batch["mask"].to(device, non_blocking=True).long()

@@ -5,7 +5,7 @@ u-sam.py hands over a loader and a step: a function from a batch to a loss or to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from usam.evaluation.metrics import ClassCounts
 from usam.models.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
+from usam.runtime.loaders import Batch, to_device
 from usam.runtime.precision import Precision
 from usam.runtime.processes import rank, reduce_sum
 from usam.runtime.progress import is_terminal, progress_bar
@@ -28,11 +28,9 @@ from usam.training.losses import segmentation_loss
 from usam.training.quarantine import UNREADABLE
 from usam.training.schedule import learning_rate_factor
 
-Batch = dict[str, Any]
 TrainingStep = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
-AlterPrompts = Callable[[dict[str, Any], Batch], dict[str, Any]]
 
 PRINT_EVERY = 10  # steps between two looks at numbers that live on the device
 RANK_STRIDE = 15_485_863  # between the seeds of two ranks in one step
@@ -45,12 +43,6 @@ def build_optimizer(groups: list[dict[str, Any]], weight_decay: float) -> torch.
     """
     groups = [group | {"base_lr": group["lr"]} for group in groups]
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The batch's image (N, C, H, W) float in [0, 1] and mask (N, H, W) long, on `device`."""
-    image = batch["image"].to(device, non_blocking=True).float() / 255
-    return image, batch["mask"].to(device, non_blocking=True).long()
 
 
 def segmentation_step(
@@ -249,58 +241,3 @@ def _optimizer_step(
     scaler.step(optimizer)  # an enabled scaler puts its own verdict, the same one, in our place
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-
-
-def evaluate(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    *,
-    prompt_mode: int,
-    precision: Precision,
-    points_are_row_col: bool = False,
-    alter_prompts: AlterPrompts = lambda prompts, batch: prompts,
-    each: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
-) -> ClassCounts:
-    """Pixel counts of every class over all samples of all processes.
-
-    `model` is the plain module, not its DistributedDataParallel wrapper: shards differ in length.
-    `each` is called with every batch of this process and its logits (N, C, H, W).
-    """
-    counts = ClassCounts(model.num_classes, precision.device)
-    batches = predictions(
-        model, loader, prompt_mode=prompt_mode, precision=precision,
-        points_are_row_col=points_are_row_col, alter_prompts=alter_prompts,
-    )  # fmt: skip
-    for batch, mask, _, logits in batches:
-        counts.update(logits, mask)
-        each(batch, logits)
-    counts.tensors.copy_(reduce_sum(counts.tensors))
-    return counts
-
-
-def predictions(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    *,
-    prompt_mode: int,
-    precision: Precision,
-    points_are_row_col: bool = False,
-    alter_prompts: AlterPrompts = lambda prompts, batch: prompts,
-) -> Iterator[tuple[Batch, Tensor, dict[str, Any], Tensor]]:
-    """Each batch with its mask (N, H, W), prompts and logits (N, C, H, W), on the device.
-
-    Prompts come from the masks by the deterministic rule of `usam.prompts`, points as (x, y);
-    `points_are_row_col` swaps them for a published model, which was trained on swapped ones.
-    `alter_prompts` gives others in their place.
-    """
-    model.eval()
-    for batch in progress_bar(loader, desc="evaluating"):
-        image, mask = to_device(batch, precision.device)
-        prompts = alter_prompts(prompts_from_masks(mask, model.num_classes, prompt_mode), batch)
-        given = dict(prompts)
-        if points_are_row_col and prompts["points"] is not None:
-            coords, labels = prompts["points"]
-            given["points"] = (coords.flip(-1), labels)
-        with torch.inference_mode(), precision.autocast():
-            logits = model(image, **given)
-        yield batch, mask, prompts, logits

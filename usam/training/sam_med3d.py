@@ -20,8 +20,8 @@ from dataset import VolumeStore, build_volumes, open_volumes
 from dataset.crops import click_origin, crop_reader, normalise
 from dataset.scans.slices import find_scans, output_names
 from dataset.scans.upright import apply_window
-from dataset.scans.volumes import SPACING, ScanVolume, read_label_volume, read_volume
-from usam.evaluation import clicks as evaluate3d
+from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
+from usam.evaluation import clicks as evaluation
 from usam.models.sam_med3d import SamMed3d, build_sam_med3d
 from usam.models.size import count_parameters, multiply_accumulates
 from usam.prediction import volumes as predict3d
@@ -59,7 +59,7 @@ def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Trai
     for line in store.dropped:
         say(f"left out: {line}")
     if args.eval:
-        evaluate_volumes(args, precision, model, store)
+        evaluation.evaluate(args, precision, model, store)
     else:
         if saved and args.classes is None:
             args.classes = saved["data"].get("trained_classes")
@@ -102,7 +102,7 @@ def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: V
     validation = evaluation_loader(val, **how)
 
     def validate(watch: Watch) -> Summary:
-        return clicks3d.click_dice(
+        return evaluation.click_dice(
             model, watch(validation), normalise=normalise, precision=precision, seed=args.seed
         )
 
@@ -124,40 +124,6 @@ def objects_of(args: Namespace, split: str, model: SamMed3d, store: VolumeStore)
         args.dataset, split, side=model.side, seed=args.seed, val_fraction=args.val_fraction,
         only=args.classes, flips=not args.no_flips, store=store,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def evaluate_volumes(
-    args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore
-) -> None:
-    """Print and save what a simulated user reaches on whole test volumes, click by click."""
-    data = objects_of(args, "test", model, store)
-    model.eval()
-    items = [
-        evaluate3d.Item(number, store.cases[number]["id"], label, store.classes[label])
-        for number, label in data.objects
-    ]
-
-    def open_case(number: int) -> tuple[Encoder, np.ndarray]:
-        image, label = store.read(number)
-        return encoder_of(image, model, precision), label
-
-    scores, failed = evaluate3d.evaluate_objects(
-        items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
-    )
-    if not processes.is_main():
-        return
-    facts = {
-        "checkpoint": str(args.resume or args.sam_weight), "dataset": args.dataset,
-        "split": "test", "cases": len(data.case_ids), "clicks": args.clicks,
-    }  # fmt: skip
-    folder = args.output_dir
-    summary = evaluate3d.write_report(folder, items, scores, failed=failed, facts=facts)
-    print(evaluate3d.format_clicks(summary))
-    print(f"scores: {folder / 'metrics.json'}, {folder / 'clicks.csv'}\n"
-          f"curves: {folder / 'clicks.png'}")  # fmt: skip
 
 
 def encoder_of(image: np.ndarray, model: SamMed3d, precision: Precision) -> Encoder:
