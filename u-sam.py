@@ -17,28 +17,21 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
-from dataset.scans.slices import ScanSlices, find_scans, output_names
-from dataset.scans.upright import parse_window
 from dataset.transforms import AUGMENTATIONS
 from usam.cli.flags import parse_flags, settle
 from usam.cli.recipes import chosen_loss, jitter_pixels
 from usam.evaluation import report
 from usam.evaluation.pixels import count_pixels
-from usam.evaluation.slices import answering_model, answers_text, evaluate, merge
+from usam.evaluation.slices import evaluate, merge
 from usam.models.prompts import MIXED
 from usam.models.size import count_parameters, multiply_accumulates
 from usam.models.usam import USam, build_usam
-from usam.prediction.prompts import ScanPrompts, prompts_from_flags, read_prompts
-from usam.prediction.slices import Predictor, predict_scans
+from usam.prediction import slices
 from usam.runtime import peers, processes, samplers
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision, select_precision
@@ -85,7 +78,7 @@ def run_slices(
         export_lora(args, saved)
         return
     if args.predict:
-        predict_slices(args, precision, saved)
+        slices.predict(args, precision, saved)
         return
     with processes.main_process_first():
         splits = ("train", "val")
@@ -220,46 +213,6 @@ def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
         say("--val_fraction 0: best.pth is chosen on the test cases, as published")
     if args.batch_size == 1:
         say("warning: BatchNorm learns little from --batch_size 1; 2 or more is better")
-
-
-# ---------------------------------------------------------------- prediction
-
-
-def predict_slices(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
-    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
-    data, scans = saved["data"], find_scans(args.predict)
-    model, row_col = answering_model(args, precision, saved)
-    predictor = Predictor(
-        model, precision, data, prompt_mode=args.prompt_mode,
-        points_are_row_col=row_col, batch_size=args.batch_size,
-        threads=args.num_workers, probabilities=args.probabilities, overlay=args.overlay,
-        largest_component=args.largest_component,
-    )  # fmt: skip
-    window = parse_window(args.window) if args.window else None
-    named = list(zip(scans, output_names(scans), strict=True))
-    failed = predict_scans(
-        named[processes.rank() :: processes.world_size()], args.output_dir, predictor,
-        open_scan=partial(ScanSlices, data=data, window=window, channel=args.channel),
-        prompts_for=prompts_of(args, len(scans)),
-        facts=answers_text(args) | {"model": f"u-sam {args.sam_model}"},
-    )  # fmt: skip
-    if len(scans) == 1 and failed:
-        raise failed[0][1]
-    number = int(processes.reduce_sum(torch.tensor(len(failed), device=precision.device)))
-    if number:
-        raise ValueError(f"{number} of {len(scans)} scans were not segmented, see above")
-
-
-def prompts_of(args: Namespace, num_scans: int) -> Callable[[Path], ScanPrompts]:
-    """What gives the prompts of a scan: the flags, or the JSON file they name."""
-    if args.prompts:
-        return lambda path: read_prompts(args.prompts, path.name)
-    given = prompts_from_flags(args.point, args.box, args.slice, mm=args.mm)
-    if given and num_scans > 1:
-        raise ValueError(
-            f"--box and --point mark one scan, --predict names {num_scans}; use --prompts FILE"
-        )
-    return lambda path: given
 
 
 if __name__ == "__main__":

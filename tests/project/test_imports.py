@@ -38,7 +38,8 @@ OPEN = {
     "usam.cli.flags imports usam.training.resume",
     "usam.cli.flags_evaluation imports usam.models.ensemble",
     "usam.cli.recipes imports usam.training.losses",
-    "usam.evaluation.slices imports usam.training.ema",
+    "usam.weights.inference imports usam.training.ema",
+    "usam.weights.sam_med3d imports usam.training.checkpoint",
     "usam.weights.usam imports usam.training.checkpoint",
 }
 

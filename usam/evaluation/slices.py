@@ -1,15 +1,10 @@
-"""What --eval and --merge do: a model or several, the test cases or a fold, and the report.
-
-u-sam.py calls `evaluate` and `merge`, and `answering_model` for --predict, too; beside it,
-training.py and sam_med3d.py this file alone sees the flags.
-"""
+"""What --eval and --merge do: a model or several, the test cases or a fold, and the report."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from dataset import SliceDataset
@@ -19,56 +14,23 @@ from usam.evaluation.cases import evaluate_cases
 from usam.evaluation.merge import FOLDERS, check_output, merged
 from usam.evaluation.pixels import predictions
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
-from usam.models.ensemble import VIEWS, Averaged, check_members
 from usam.prediction.output import class_colors
 from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
-from usam.training.ema import averaged
-from usam.weights import usam as weights
+from usam.weights.inference import answers_text, load_for_inference
+from usam.weights.usam import points_are_row_col
 
 NUM_OVERLAYS = 8
 COMPARED = ("classes", "window", "orientation", "spacing", "clahe", "crop", "body_crop")
-
-
-def answering_model(
-    args: Namespace, precision: Precision, saved: dict[str, Any], fold_digest: str | None = None
-) -> tuple[nn.Module, bool]:
-    """What --eval and --predict ask, on the device, and whether it wants points as (row, column).
-
-    That is the model of --resume, `saved`; or the average of several, or of the views of --tta.
-    fold_digest: of the fold to evaluate, that none of them may have seen.
-    """
-    members = [(args.resume, saved)]
-    members += [(path, averaged(weights.read_checkpoint(path))) for path in args.ensemble or ()]
-    check_members(members, args.fold if args.eval else None, fold_digest)
-    models = []
-    for path, content in members:
-        model = weights.load_usam(content, path, args.sam_weight, merge=True)
-        models.append((model.to(precision.device), weights.points_are_row_col(content)))
-        say(f"{path}: {content['args']['sam_model']} at {args.img_size} pixels")
-        if models[-1][1] and args.eval and args.prompt_mode > 1:
-            say(f"{path} is a published checkpoint: its points are given as (row, column)")
-    if len(models) == 1 and not args.tta:
-        return models[0]
-    return Averaged(models, args.tta or "none"), False
-
-
-def answers_text(args: Namespace) -> dict[str, str]:
-    """What an answer comes from, for reports: the checkpoints, and the views if several."""
-    names = ", ".join(map(str, [args.resume, *(args.ensemble or ())]))
-    facts = {"checkpoint": names + (", averaged" if args.ensemble else "")}
-    if args.tta:
-        facts["views"] = f"{args.tta}: {len(VIEWS[args.tta])} averaged"
-    return facts
 
 
 def evaluate(
     args: Namespace, precision: Precision, saved: dict[str, Any], data: SliceDataset
 ) -> None:
     """Print and save the scores of `--resume` on `data`, pooled and by case, with pictures."""
-    model, row_col = answering_model(args, precision, saved, data.info["fold_digest"])
+    model, row_col = load_for_inference(args, precision.device, saved, data.info["fold_digest"])
     warn_of_preparation(args, saved, data)
     how = {"precision": precision, "points_are_row_col": row_col}
     load = {"batch_size": args.batch_size, "num_workers": args.num_workers}
@@ -110,7 +72,7 @@ def warn_of_preparation(args: Namespace, saved: dict[str, Any], data: SliceDatas
 
     What a checkpoint does not tell is passed over, as the published ones' window and class names.
     """
-    published = weights.points_are_row_col(saved)
+    published = points_are_row_col(saved)
     told = COMPARED if not published else ("orientation", "clahe")
     found = [
         f"{name} {data.info[name]} (was {before})"

@@ -1,17 +1,18 @@
 """A scan in, a segmentation in the scan's own geometry out.
 
-u-sam.py calls `predict_scans` with an opener from `dataset.scan_slices`; the model sees slices in
-batches, and neither logits nor floats of a whole volume are ever held.
+The model sees slices in batches; neither logits nor floats of a whole volume are ever held.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,62 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset.scans.slices import ScanSlices, find_scans, output_names
+from dataset.scans.upright import parse_window
 from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
 from usam.prediction import output as scan_output
-from usam.prediction.prompts import PreparedScan, ScanPrompts, SlicePrompts, slice_prompts
+from usam.prediction.prompts import (
+    PreparedScan,
+    ScanPrompts,
+    SlicePrompts,
+    prompts_from_flags,
+    read_prompts,
+    slice_prompts,
+)
+from usam.runtime import processes
 from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main
+from usam.weights.inference import answers_text, load_for_inference
 
 BATCHES_AHEAD = 2  # prepared while the device works
 PREPARED = ("orientation", "spacing", "img_size", "input", "clahe", "crop", "body_crop")  # of data
+
+
+def predict(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
+    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
+    data, scans = saved["data"], find_scans(args.predict)
+    model, row_col = load_for_inference(args, precision.device, saved)
+    predictor = Predictor(
+        model, precision, data, prompt_mode=args.prompt_mode,
+        points_are_row_col=row_col, batch_size=args.batch_size,
+        threads=args.num_workers, probabilities=args.probabilities, overlay=args.overlay,
+        largest_component=args.largest_component,
+    )  # fmt: skip
+    window = parse_window(args.window) if args.window else None
+    named = list(zip(scans, output_names(scans), strict=True))
+    failed = predict_scans(
+        named[processes.rank() :: processes.world_size()], args.output_dir, predictor,
+        open_scan=partial(ScanSlices, data=data, window=window, channel=args.channel),
+        prompts_for=prompts_of(args, len(scans)),
+        facts=answers_text(args) | {"model": f"u-sam {args.sam_model}"},
+    )  # fmt: skip
+    if len(scans) == 1 and failed:
+        raise failed[0][1]
+    number = int(processes.reduce_sum(torch.tensor(len(failed), device=precision.device)))
+    if number:
+        raise ValueError(f"{number} of {len(scans)} scans were not segmented, see above")
+
+
+def prompts_of(args: Namespace, num_scans: int) -> Callable[[Path], ScanPrompts]:
+    """What gives the prompts of a scan: the flags, or the JSON file they name."""
+    if args.prompts:
+        return lambda path: read_prompts(args.prompts, path.name)
+    given = prompts_from_flags(args.point, args.box, args.slice, mm=args.mm)
+    if given and num_scans > 1:
+        raise ValueError(
+            f"--box and --point mark one scan, --predict names {num_scans}; use --prompts FILE"
+        )
+    return lambda path: given
 
 
 @dataclass(frozen=True)

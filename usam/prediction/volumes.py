@@ -9,22 +9,133 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from usam.models.sam_med3d import THRESHOLD
-from usam.prediction.windows import Encoder, Session
+from dataset.crops import click_origin, crop_reader
+from dataset.scans.slices import find_scans, output_names
+from dataset.scans.upright import apply_window
+from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
+from usam.models.sam_med3d import THRESHOLD, SamMed3d
+from usam.prediction.output import (
+    class_colors,
+    class_volumes,
+    count_voxels,
+    montage_slices,
+    save_montage,
+)
+from usam.prediction.windows import MAX_WINDOWS, Encoder, Session
+from usam.runtime import processes
+from usam.runtime.precision import Precision
+from usam.weights.sam_med3d import load_or_initialize
 
 MAX_JSON_BYTES = 64 << 20
 KEYS = {"name", "label", "points", "box"}
 
 Place = Callable[[np.ndarray, int], np.ndarray]
 ToVoxels = Callable[[np.ndarray], np.ndarray]
+
+
+def predict(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
+    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
+    scans = find_scans(args.predict)
+    if len(scans) > 1 and not args.prompts:
+        raise ValueError(f"--point and --box mark one scan, --predict names {len(scans)}; "
+                         "use --prompts FILE")  # fmt: skip
+    if len(scans) > 1 and args.init_mask:
+        raise ValueError(f"--init_mask is for one scan, --predict names {len(scans)}")
+    model = load_or_initialize(args, saved).to(precision.device).eval()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    named = list(zip(scans, output_names(scans), strict=True))
+    failures = 0
+    for path, name in named[processes.rank() :: processes.world_size()]:
+        try:
+            print(predict_volume(args, precision, model, path, name), flush=True)
+        except (ValueError, OSError) as error:
+            if len(scans) == 1:
+                raise
+            failures += 1
+            print(f"u-sam.py: error: {error}", file=sys.stderr, flush=True)
+    failures = int(processes.reduce_sum(torch.tensor(failures)))
+    if failures:
+        raise ValueError(f"{failures} of {len(scans)} scans were not segmented, see above")
+
+
+def predict_volume(
+    args: Namespace, precision: Precision, model: SamMed3d, path: Path, name: str
+) -> str:
+    """Write NAME_seg.nii.gz and NAME_seg.json of one scan; lines on what was found."""
+    if args.prompts:
+        prompts = read_prompts3d(args.prompts, path.name)
+    else:
+        prompts = prompts3d_from_flags(args.point, args.box, mm=args.mm)
+    scan = read_volume(path, args.channel)
+    known = read_label_volume(args.init_mask, scan.grid) if args.init_mask else None
+    label, rows = segment(
+        encoder_of(scan.image, model, precision), prompts,
+        to_voxels=partial(scan.clicks, mm=prompts.mm), place=click_origin, init_mask=known,
+    )  # fmt: skip
+    target = args.output_dir / f"{name}_seg.nii.gz"
+    scan.save(target, label)
+    rows = with_volumes(rows, label, scan)
+    facts = {
+        "input": path.name, "checkpoint": str(args.resume or args.sam_weight),
+        "model": f"sam-med3d {args.sam_model}",
+    }  # fmt: skip
+    write_rows(args.output_dir / f"{name}_seg.json", rows, facts)
+    if args.overlay:
+        draw(args.output_dir / f"{name}_overlay.png", scan, label, rows)
+    told = [f"{row['name']} {row['volume_ml']:.1f} ml, {row['points']} points, "
+            f"{row['windows']} windows" for row in rows]  # fmt: skip
+    for row in rows:
+        if "clicked" in row.get("box", ""):
+            told.append(f"{row['name']}: this model knows no boxes; {row['box']}")
+        if row["stopped_early"]:
+            told.append(f"{row['name']}: goes on after {MAX_WINDOWS} windows; "
+                        "click again where it ends")  # fmt: skip
+    return f"{target}: " + "\n  ".join(told)
+
+
+def with_volumes(
+    rows: list[dict[str, Any]], label: np.ndarray, scan: ScanVolume
+) -> list[dict[str, Any]]:
+    """The objects' rows with their voxels in the scan and their volumes in ml."""
+    labels = [row["label"] for row in rows]
+    voxels = count_voxels(scan.restore(label), 256)[labels].tolist()
+    names = [row["name"] for row in rows]
+    sizes = class_volumes(voxels, names, [""] * len(rows), scan.grid.header.voxel_ml)
+    return [
+        row | {"voxels": size["voxels"], "volume_ml": size["volume_ml"]}
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def draw(path: Path, scan: ScanVolume, label: np.ndarray, rows: list[dict[str, Any]]) -> None:
+    """Axial slices through the objects as one PNG, upright, at 1.5 mm."""
+    slices, labels = (  # RAS (x, y, z) -> rows to posterior, columns to the patient's left
+        volume[::-1, ::-1].transpose(2, 1, 0) for volume in (scan.image, label)
+    )
+    numbers = montage_slices(np.count_nonzero(labels, axis=(1, 2)))
+    shown = dict(zip(numbers, apply_window(slices[numbers], "percentile"), strict=True))
+    names = {row["label"]: row["name"] for row in rows}
+    classes = [names.get(number, "") for number in range(max(names) + 1)]
+    save_montage(
+        path, numbers, shown.__getitem__, labels, classes=classes,
+        colors=class_colors(None, len(classes)), title=path.name.removesuffix("_overlay.png"),
+    )  # fmt: skip
+
+
+def encoder_of(image: np.ndarray, model: SamMed3d, precision: Precision) -> Encoder:
+    """What encodes windows of a volume (X, Y, Z) at 1.5 mm, cut and scaled as in training."""
+    return Encoder(model, image.shape, read=crop_reader(image), precision=precision)
 
 
 @dataclass(frozen=True)

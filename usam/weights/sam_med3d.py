@@ -5,18 +5,41 @@ u-sam.py reads a file here first, for the layout it holds, then loads it into th
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from usam.models.sam_med3d import SamMed3d, build_sam_med3d
+from usam.runtime.processes import say
+from usam.training.checkpoint import load_model_state
 from usam.weights.torch_files import read_file
 
 ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
 PUBLISHED = Path("weight/sam_med3d_turbo.pth")
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 POINT_EMBEDDING = "prompt_encoder.point_embeddings."
+
+
+def load_or_initialize(args: Namespace, saved: dict[str, Any] | None) -> SamMed3d:
+    """The network with the weights of --resume, else of --sam_weight; says which."""
+    if saved:
+        state, num_points = saved["model"], saved["data"]["num_point_embeddings"]
+        source = args.resume
+    else:
+        source, state, num_points = starting_weights(args.sam_model, args.sam_weight)
+    model = build_sam_med3d(args.sam_model, args.rel_pos, num_points)
+    if saved:
+        load_model_state(model, state, args.resume)
+    elif state is not None:
+        load_sam_med3d_weights(model, state)
+    elif args.eval or args.predict:
+        raise ValueError("random weights know nothing: name --resume or a --sam_weight file")
+    size = f"SAM-Med3D {args.sam_model}, {model.side} voxels a side, {args.rel_pos} positions"
+    say(f"{size}: {source or 'random weights'}")
+    return model
 
 
 def starting_weights(
