@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 from dataset import build_dataset, build_volumes  # noqa: E402
 from dataset.crops import normalise  # noqa: E402
 from dataset.phantom import pelvis as phantom  # noqa: E402
-from dataset.scans.upright import apply_window  # noqa: E402
+from dataset.scans.window import apply_window  # noqa: E402
 from usam.evaluation import clicks as clicks3d  # noqa: E402
 from usam.evaluation.pixels import predictions  # noqa: E402
 from usam.models.sam_med3d import build_sam_med3d  # noqa: E402

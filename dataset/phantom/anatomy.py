@@ -20,8 +20,8 @@ from dataset.parallel import default_workers
 from dataset.phantom.tissue import Patient, scanner_noise
 from dataset.prepare.folder import check_output, pack_all, sweep
 from dataset.prepare.sources import class_table
-from dataset.scans.files import SCAN_SUFFIXES, scan_stem
-from dataset.scans.upright import Volume, read_label, to_canonical
+from dataset.scans.orientation import SliceStack, to_canonical
+from dataset.scans.read import SCAN_SUFFIXES, read_label, scan_stem
 from dataset.splits import hold_out, split_table, write_json
 from dataset.store.slices import Entry, write_case, write_index
 
@@ -121,7 +121,7 @@ def draw_case(job: Job) -> Entry:
 
 
 def draw(
-    volume: Volume, names: list[str], rng: np.random.Generator
+    volume: SliceStack, names: list[str], rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
     """Image and mask uint8 (S, side, side) and their affine, index (x, y, z) -> RAS mm.
 
@@ -162,7 +162,7 @@ def draw(
 
 
 def _field_of_view(
-    volume: Volume, rng: np.random.Generator
+    volume: SliceStack, rng: np.random.Generator
 ) -> tuple[tuple[float, float, float], tuple[float, float]]:
     """A square (left, top, side) in mm from the label's corner, and the patient's half axes in mm.
 
@@ -179,7 +179,7 @@ def _field_of_view(
 
 
 def _on_grid(
-    volume: Volume, k: int, box: tuple[float, float, float], side: int
+    volume: SliceStack, k: int, box: tuple[float, float, float], side: int
 ) -> NDArray[np.uint8]:
     """Labels (side, side) of slice k inside box, each the nearest one; 0 outside the slice."""
     places = (np.arange(side) + 0.5) * (box[2] / side)  # mm from the box's corner

@@ -22,7 +22,7 @@ from dataset.prepare.sources import LAYOUTS, Source, find_source
 from dataset.prepare.summary import left_out_lines, summary_lines, volume_summary_lines
 from dataset.prepare.volume_sources import find_volumes
 from dataset.prepare.volumes import prepare_volumes
-from dataset.scans.upright import WINDOWS, Window, parse_window
+from dataset.scans.window import WINDOWS, Window, parse_window
 from dataset.splits import hold_out, read_fold, split_table, write_json
 from dataset.store import slices
 from dataset.store.slices import SliceStore

@@ -17,20 +17,11 @@ from typing import Any
 import numpy as np
 
 from dataset.prepare.sources import CaseFiles
-from dataset.scans.files import read_header
 from dataset.scans.header import Scan
-from dataset.scans.upright import (
-    Window,
-    apply_window,
-    body_box,
-    crop,
-    geometry_difference,
-    read_label,
-    read_scan,
-    resample_in_plane,
-    to_canonical,
-    window_limits,
-)
+from dataset.scans.in_plane import body_box, crop, resample_in_plane
+from dataset.scans.orientation import geometry_difference, to_canonical
+from dataset.scans.read import read_header, read_label, read_scan
+from dataset.scans.window import Window, apply_window, window_limits
 from dataset.splits import write_json
 from dataset.store import slices
 

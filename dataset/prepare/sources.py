@@ -16,8 +16,8 @@ from typing import Any
 
 from dataset import care as rectum
 from dataset import word
-from dataset.scans.files import SCAN_SUFFIXES, scan_stem
-from dataset.scans.upright import Window
+from dataset.scans.read import SCAN_SUFFIXES, scan_stem
+from dataset.scans.window import Window
 
 LAYOUTS = ("word", "care", "nnunet", "folder")
 SPLIT_FOLDERS = {"Tr": "train", "Val": "val", "Va": "val", "Ts": "test"}

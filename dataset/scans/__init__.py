@@ -1,1 +1,1 @@
-"""Reading scans: formats, headers, orientation, intensity windows, resampling, and the way back."""
+"""Reading a scan of any format, turning, windowing and resampling it, and writing labels on it."""

@@ -1,7 +1,4 @@
-"""A scan and its header as plain values, with the bounds every format's header must keep.
-
-The readers of dataset.scan_files and dataset.scan_itk fill them in; everyone else only reads them.
-"""
+"""A scan and its header as plain values, and the bounds that every header must keep."""
 
 from __future__ import annotations
 
@@ -122,3 +119,8 @@ def narrow(path: Path, array: np.ndarray) -> np.ndarray:
     if bad:
         raise ValueError(f"{path}: {bad} voxels are NaN or infinite; repair the file first")
     return array
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

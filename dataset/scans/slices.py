@@ -1,32 +1,20 @@
-"""A scan opened as a checkpoint was trained: uint8 slices for its model, and the way back.
-
-u-sam.py hands `ScanSlices` to usam.predict; the steps are those of preparation and SliceDataset.
-"""
+"""A scan as the uint8 slices that a checkpoint's model was trained on, made one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 
-from dataset.scans.files import SCAN_SUFFIXES, scan_stem
 from dataset.scans.header import Scan, ScanHeader
-from dataset.scans.upright import (
-    Volume,
-    Window,
-    apply_window,
-    body_box,
-    read_scan,
-    resample_in_plane,
-    to_canonical,
-    window_limits,
-)
+from dataset.scans.in_plane import body_box, resample_in_plane
+from dataset.scans.orientation import SliceStack, to_canonical
+from dataset.scans.read import read_scan
+from dataset.scans.window import Window, apply_window, window_limits
 from dataset.slices import equalize, neighbours, resize_image
-
-__all__ = ["ScanSlices", "find_scans", "output_names"]
 
 
 class ScanSlices:
@@ -109,7 +97,8 @@ class ScanSlices:
     def _channel(self, k: int) -> np.ndarray:
         y0, y1, x0, x1 = self.box
         seen = self.volume.slices[k : k + 1, y0:y1, x0:x1]
-        image = Volume(apply_window(seen, self._limits), self.volume.spacing, self.volume.affine)
+        shown = apply_window(seen, self._limits)
+        image = SliceStack(shown, self.volume.spacing, self.volume.affine)
         if self.spacing:
             image = resample_in_plane(image, self.spacing)
         plane = np.ascontiguousarray(image.slices[0])
@@ -144,47 +133,3 @@ class ScanSlices:
             to_lps = np.linalg.inv(self.volume.affine) @ self.scan.affine
             x, y, z = nib.affines.apply_affine(to_lps, voxels).T
         return np.stack([z, x, y] if self.orientation == "stored" else [z, y, x], axis=1)
-
-
-def find_scans(paths: Iterable[Path]) -> list[Path]:
-    """The scans that paths name: files, DICOM series folders, and all scans inside other folders.
-
-    A missing path, or a folder of neither, stays in the list; opening it says what is wrong.
-    """
-    found = []
-    for path in paths:
-        files = sorted(path.iterdir()) if path.is_dir() else []
-        inside = [
-            file
-            for file in files
-            if file.name.lower().endswith(SCAN_SUFFIXES) and not file.name.startswith(".")
-        ]
-        if not inside or any(_is_dicom(file) for file in files):
-            inside = [path]
-        found += inside
-    return found
-
-
-def _is_dicom(file: Path) -> bool:
-    """Whether a file carries DICOM's mark behind its preamble."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def output_names(scans: Iterable[Path]) -> list[str]:
-    """A name for each scan's results: that of its file or folder, without the suffix.
-
-    Scans of one name get the folder's name in front, and if need be a number behind.
-    """
-    scans = [scan.absolute() for scan in scans]
-    stems = [scan_stem(scan) for scan in scans]
-    names = []
-    for scan, stem in zip(scans, stems, strict=True):
-        name = base = stem if stems.count(stem) == 1 else f"{scan.parent.name}_{stem}"
-        number = 2
-        while name in names:
-            name, number = f"{base}_{number}", number + 1
-        names.append(name)
-    return names

@@ -18,8 +18,8 @@ import nibabel as nib
 import numpy as np
 
 from dataset.scans.header import ScanHeader
+from dataset.scans.nifti import NIFTI_SUFFIXES, stored_header
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
 STEPS = 65535  # of a probability, which is stored as uint16
 PLACE_FIELDS = (  # of a NIfTI header: everything that places a voxel
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
@@ -61,16 +61,6 @@ def _copied(stored: nib.Nifti1Header) -> nib.Nifti1Header:
     header["pixdim"][:4] = stored["pixdim"][:4]
     header["xyzt_units"] = int(stored["xyzt_units"]) & SPACE_UNITS
     return header
-
-
-def stored_header(block: bytes) -> nib.Nifti1Header:
-    """The NIfTI-1 or NIfTI-2 header in a file's first bytes, as it stands there, nothing repaired.
-
-    Extensions, which may claim any length, are left out.
-    """
-    is_nifti2 = 540 in (int.from_bytes(block[:4], order) for order in ("little", "big"))
-    kind = nib.Nifti2Header if is_nifti2 else nib.Nifti1Header
-    return kind(block[: kind.sizeof_hdr], check=False)
 
 
 def _corners(shape: tuple[int, int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import care as rectum
-from dataset.scans.files import read_file
+from dataset.scans.read import read_scan
 from dataset.verify.scans import (
     Checked,
     Finding,
@@ -69,7 +69,7 @@ def check_slice(job: SliceJob) -> Checked:
     checked = Checked(case, job.split, relative(job.path, job.root))
     try:
         image, label = rectum.read_slice(job.path)
-        stored = read_file(job.path).array
+        stored = read_scan(job.path).array
     except (ValueError, OSError) as error:
         checked.wrong(error)
         return checked

@@ -16,9 +16,9 @@ import nibabel as nib
 import numpy as np
 
 from dataset.prepare.sources import CaseFiles
-from dataset.scans.files import read_header
 from dataset.scans.header import ScanHeader
-from dataset.scans.upright import geometry_difference, read_label, read_scan
+from dataset.scans.orientation import geometry_difference
+from dataset.scans.read import read_header, read_label, read_scan
 
 TINY = 10  # voxels; fewer of a class are more often a slip of the pen than an organ
 AIR_HU = (-2048.0, -500.0)  # between these lies the lowest value of a CT in HU

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataset import DATASETS
-from dataset.scans.slices import find_scans, output_names
+from dataset.scans.find import find_scans, output_names
 from tests.conftest import ROOT
 from tests.helpers.oracle import (
     DEPTH,
@@ -187,7 +187,6 @@ def test_results_of_scans_with_one_name_stay_apart():
 
 
 def test_real_dicom_and_nifti_of_one_series_agree(tmp_path, shared_data, tiny, command):
-    pytest.importorskip("SimpleITK")
     folder = shared_data / "dicom"
     words = ["--resume", tiny(), *ON_CPU, "--output_dir", tmp_path]
     command("--predict", folder, folder / "ct.nii.gz", *words)

@@ -13,7 +13,8 @@ from dataset import build_dataset, word
 from dataset.phantom import anatomy
 from dataset.phantom.tissue import Field, Patient, organ_of, scanner_noise
 from dataset.prepare import command as prepare
-from dataset.scans.upright import read_label, to_canonical
+from dataset.scans.orientation import to_canonical
+from dataset.scans.read import read_label
 from dataset.store.slices import SliceStore
 
 LIVER, STOMACH, BLADDER = 1, 5, 14

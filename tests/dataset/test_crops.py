@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dataset.crops import box_origin, click_origin, crop_at, crop_reader, normalise, overlap
-from dataset.scans.upright import read_label
-from dataset.scans.volumes import ScanVolume, grid_of, read_label_volume, read_volume
+from dataset.scans.grid import grid_of
+from dataset.scans.read import read_label
+from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
 from tests.helpers.volume_layouts import blob, save_as, stored_as
 
 SCANS = {

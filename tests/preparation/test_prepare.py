@@ -146,7 +146,6 @@ def test_two_folders_are_paired_by_name(tmp_path):
 
 
 def test_a_folder_of_dicom_series_is_a_scan(tmp_path, shared_data):
-    pytest.importorskip("SimpleITK")
     series = tmp_path / "in" / "images" / "patient1"
     series.mkdir(parents=True)
     for path in (shared_data / "dicom").glob("*.dcm"):

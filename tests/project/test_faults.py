@@ -15,7 +15,7 @@ import torch
 from dataset import SliceStore, open_store
 from dataset.prepare.sources import find_source
 from dataset.prepare.volume_sources import find_volumes
-from dataset.scans.slices import find_scans
+from dataset.scans.find import find_scans
 from dataset.store.slices import write_case, write_index
 from tests.conftest import ROOT
 from tests.helpers import layouts, volume_layouts

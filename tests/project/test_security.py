@@ -258,7 +258,6 @@ def test_no_patients_name_of_a_nifti_file_comes_out(tmp_path: Path) -> None:
 
 def test_no_dicom_tag_of_a_patient_comes_out(tmp_path: Path, shared_data: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
-    pytest.importorskip("SimpleITK")
     series = tmp_path / "series"
     series.mkdir()
     secrets = {"PatientName": NAME, "PatientID": "ID777888", "PatientBirthDate": "19610203",

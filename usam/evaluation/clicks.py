@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dataset import VolumeStore, build_volumes
 from dataset.crops import crop_reader
-from dataset.scans.volumes import SPACING
+from dataset.scans.grid import SPACING
 from usam.evaluation.surfaces import surface_dice
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.models.sam_med3d import THRESHOLD, SamMed3d

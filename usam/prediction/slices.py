@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset.scans.slices import ScanSlices, find_scans, output_names
-from dataset.scans.upright import parse_window
+from dataset.scans.find import find_scans, output_names
+from dataset.scans.slices import ScanSlices
+from dataset.scans.window import parse_window
 from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
 from usam.prediction import output as scan_output
 from usam.prediction.prompts import (

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from dataset.crops import click_origin, crop_reader
-from dataset.scans.slices import find_scans, output_names
-from dataset.scans.upright import apply_window
+from dataset.scans.find import find_scans, output_names
 from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
+from dataset.scans.window import apply_window
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.prediction.output import (
     class_colors,

@@ -22,8 +22,8 @@ import torch
 
 from dataset.care import read_boxes, read_slice
 from dataset.prepare.sources import find_nnunet
-from dataset.scans.files import read_file
-from dataset.scans.upright import read_label, read_scan, to_canonical
+from dataset.scans.orientation import to_canonical
+from dataset.scans.read import read_label, read_scan
 from tests.helpers.toy import FLOAT32, one_group
 from tests.stress.hostile import mutations
 from tests.stress.hostile import payloads as hostile
@@ -243,7 +243,7 @@ def scans() -> list[Kind]:
         Kind("NIfTI", "a.nii", good, lambda f: scan(f / "a.nii"), (header,)),
         Kind("NIfTI, packed", "a.nii.gz", zipped, lambda f: scan(f / "a.nii.gz"), inside),
         Kind("NIfTI label", "a.nii", good, lambda f: read_label(f / "a.nii", 4), (header,)),
-        Kind("NIfTI file", "a.nii.gz", zipped, lambda f: read_file(f / "a.nii.gz"), inside),
+        Kind("NIfTI file", "a.nii.gz", zipped, lambda f: read_scan(f / "a.nii.gz"), inside),
     ]
 
 

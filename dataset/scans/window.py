@@ -1,0 +1,79 @@
+"""Intensity windows: their names, their limits in a scan, and uint8 slices made with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Window = tuple[float, float] | str | None
+
+WINDOWS = {
+    "abdomen": (-160.0, 240.0),
+    "soft_tissue": (-150.0, 250.0),
+    "liver": (-45.0, 105.0),
+    "mediastinum": (-125.0, 225.0),
+    "lung": (-1350.0, 150.0),
+    "bone": (-500.0, 1300.0),
+    "brain": (0.0, 80.0),
+}
+PERCENTILES = (0.5, 99.5)
+MAX_SAMPLED = 2**24  # voxels that percentiles are taken from
+STORED_RANGE = (0.0, 1.0)  # CARE's own scale, for a store without a window
+
+
+def parse_window(words: Sequence[str | float]) -> Window:
+    """A window from command-line words: LOW HIGH, a preset of WINDOWS, or "percentile".
+
+    Raises ValueError naming the choices.
+    """
+    if len(words) == 1 and words[0] == "percentile":
+        return "percentile"
+    if len(words) == 1 and words[0] in WINDOWS:
+        return WINDOWS[words[0]]
+    try:
+        low, high = (float(word) for word in words)
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(
+            f"window {' '.join(map(str, words))} is not known; wanted LOW HIGH, percentile or one"
+            f" of {', '.join(WINDOWS)}"
+        )
+    return low, high
+
+
+def window_limits(slices: np.ndarray, window: Window) -> tuple[float, float]:
+    """(low, high) in the scan's units; "percentile" takes 0.5 and 99.5 % of the volume.
+
+    Percentiles come from at most 2^24 voxels on a regular in-plane grid. None is CARE's [0, 1].
+    """
+    if window is None:
+        return STORED_RANGE
+    if window != "percentile":
+        return parse_window([window] if isinstance(window, str) else list(window))
+    step = math.ceil(math.sqrt(slices.size / MAX_SAMPLED))
+    low, high = np.percentile(slices[:, ::step, ::step], PERCENTILES)
+    return float(low), float(high)
+
+
+def apply_window(slices: np.ndarray, window: Window) -> np.ndarray:
+    """uint8 slices (S, H, W): low and below is 0, high and above 255, rounded in between.
+
+    Works slice by slice, so a float copy of one slice is all it holds beside the result. Without
+    a window [0, 1] is truncated instead, as the CARE release is packed.
+    """
+    if window is None:
+        return (np.clip(slices.astype(np.float64), *STORED_RANGE) * 255).astype(np.uint8)
+    low, high = window_limits(slices, window)
+    scale = 255.0 / max(high - low, 1e-6)
+    out = np.empty(slices.shape, dtype=np.uint8)
+    for k, plane in enumerate(slices):
+        scaled = plane.astype(np.float32)
+        scaled -= np.float32(low)
+        scaled *= np.float32(scale)
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, 0, 255, out=scaled)
+        out[k] = scaled
+    return out
