@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,3 @@ def fold_digest(part: dict[str, list[str]]) -> str:
     """Hex digest of who trains and who validates in a fold: another --folds or --seed, another."""
     cases = [sorted(part["train"]), sorted(part["val"])]
     return hashlib.sha256(json.dumps(cases).encode()).hexdigest()
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Writes JSON whole or not at all: a temporary file beside it is moved into its place."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=indent, sort_keys=True, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)

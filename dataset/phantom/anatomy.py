@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset import word
+from dataset.files import write_json
 from dataset.parallel import default_workers
 from dataset.phantom.tissue import Patient, scanner_noise
 from dataset.prepare.folder import check_output, pack_all, sweep
 from dataset.prepare.sources import class_table
 from dataset.scans.orientation import SliceStack, to_canonical
 from dataset.scans.read import SCAN_SUFFIXES, read_label, scan_stem
-from dataset.splits import hold_out, split_table, write_json
+from dataset.splits import hold_out, split_table
 from dataset.store.slices import Entry, write_case, write_index
 
 VERSION = 1  # raised whenever the same seed draws other pictures

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dataset import care as rectum
+from dataset.files import write_json
 from dataset.parallel import default_workers
 from dataset.phantom import anatomy
 from dataset.prepare.folder import check_names, check_output, classes_seen, pack_all, sweep
@@ -23,7 +24,7 @@ from dataset.prepare.summary import left_out_lines, summary_lines, volume_summar
 from dataset.prepare.volume_sources import find_volumes
 from dataset.prepare.volumes import prepare_volumes
 from dataset.scans.window import WINDOWS, Window, parse_window
-from dataset.splits import hold_out, read_fold, split_table, write_json
+from dataset.splits import hold_out, read_fold, split_table
 from dataset.store import slices
 from dataset.store.slices import SliceStore
 

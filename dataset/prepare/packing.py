@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from dataset.files import write_json
 from dataset.prepare.sources import CaseFiles
 from dataset.scans.header import Scan
 from dataset.scans.in_plane import body_box, crop, resample_in_plane
 from dataset.scans.orientation import geometry_difference, to_canonical
 from dataset.scans.read import read_header, read_label, read_scan
 from dataset.scans.window import Window, apply_window, window_limits
-from dataset.splits import write_json
 from dataset.store import slices
 
 PACKING = 1  # raise it when packing changes: cases packed by older rules are then packed again

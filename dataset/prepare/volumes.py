@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dataset.files import write_json
 from dataset.parallel import default_workers
 from dataset.prepare.folder import check_names, check_output, pack_all, sweep
 from dataset.prepare.packing import NPY_HEADER, file_blocks, plain_name
@@ -25,7 +26,7 @@ from dataset.scans.header import Scan
 from dataset.scans.orientation import geometry_difference
 from dataset.scans.read import read_label
 from dataset.scans.volumes import ScanVolume, read_volume
-from dataset.splits import hold_out, write_json
+from dataset.splits import hold_out
 from dataset.store.places import packed_place, packed_places
 from dataset.store.slices import Entry
 from dataset.store.volumes import VolumeStore, case_bytes, write_volume, write_volume_index

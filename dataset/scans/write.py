@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
 
+from dataset.files import atomic_write
 from dataset.scans.header import ScanHeader
 from dataset.scans.nifti import NIFTI_SUFFIXES, stored_header
 
@@ -90,17 +91,12 @@ def write_label_map(path: str | Path, label: np.ndarray, scan: ScanHeader) -> No
     assert label.dtype == np.uint8, label.dtype
     assert label.shape == scan.shape, (label.shape, scan.shape)
     head = _complete(nifti_header(scan), np.uint8, label.shape)
-    scratch = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with scratch.open("wb") as file:
-            if path.name.endswith(".gz"):
-                with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
-                    _write_planes(packed, head, label)
-            else:
-                _write_planes(file, head, label)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with atomic_write(path) as scratch, scratch.open("wb") as file:
+        if path.name.endswith(".gz"):
+            with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+                _write_planes(packed, head, label)
+        else:
+            _write_planes(file, head, label)
 
 
 def _write_planes(file: BinaryIO, head: bytes, label: np.ndarray) -> None:
@@ -118,7 +114,7 @@ class ProbabilityFile:
     """
 
     def __init__(self, path: Path, num_classes: int, scan: ScanHeader) -> None:
-        self.path, self.scratch = path, path.with_name(f".{os.getpid()}.{path.name}")
+        self.path, self._unfinished = path, ExitStack()
         self.shape = (*scan.shape, num_classes)
         header = nifti_header(scan)
         header["pixdim"][4] = 1
@@ -130,6 +126,7 @@ class ProbabilityFile:
             )
 
     def __enter__(self) -> ProbabilityFile:
+        self.scratch = self._unfinished.enter_context(atomic_write(self.path))
         with self.scratch.open("wb") as file:
             file.write(self.head)
             file.truncate(len(self.head) + 2 * math.prod(self.shape))
@@ -149,7 +146,5 @@ class ProbabilityFile:
         for class_id in range(self.shape[3]):
             canonical(stored[..., class_id])[list(numbers)] = steps[:, class_id]
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.scratch, self.path)
-        self.scratch.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        self._unfinished.__exit__(*error)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from dataset.files import atomic_write, write_text
+
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 CASE_KEYS = {"id", "split", "file", "shape", "spacing", "affine", "slices", "listed", "pixels"}
@@ -101,12 +103,7 @@ def write_index(folder: Path | str, index: Entry) -> Path:
     check_index(index, str(path))
     text = json.dumps(index, sort_keys=True, separators=(",", ":"), allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".index.json.{os.getpid()}"
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
+    write_text(path, text)
     return path
 
 
@@ -208,10 +205,8 @@ def _is_spacing(value: object) -> bool:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes an npy file; it appears under its name only when it is complete."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("wb") as stream:
+    with atomic_write(path) as scratch, scratch.open("wb") as stream:
         np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
-    os.replace(scratch, path)
 
 
 class SliceStore:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.splits import write_json
+from dataset.files import write_json
 from dataset.store.slices import (
     MAX_INDEX_BYTES,
     MAX_OPEN_CASES,

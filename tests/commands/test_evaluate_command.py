@@ -12,7 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dataset.splits import split_table, write_json
+from dataset.files import write_json
+from dataset.splits import split_table
 from tests.helpers.command import TINY, assert_refused, run
 from tests.helpers.layouts import slice_store
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dataset import build_dataset
-from dataset.splits import read_fold, split_table, write_json
+from dataset.files import write_json
+from dataset.splits import read_fold, split_table
 from dataset.store.slices import SliceStore, write_case, write_index
 from usam.training.manifest import differences
 

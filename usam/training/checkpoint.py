@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from dataset.files import atomic_write
+
 FORMAT = 1
 FAILED_SAVES = 3  # in a row, after which training stops
 
@@ -31,20 +33,15 @@ def save(path: Path, state: Mapping[str, Any], *, keep: int = 0) -> None:
     `keep` predecessors stay, see `predecessor`; what goes, goes after the new file is on the disk.
     Raises OSError naming the path; the old file and no temporary one remain in that case.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep:
-            hold(path, old)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with atomic_write(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(dict(state), file)
+            if keep:
+                hold(path, old)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
         with contextlib.suppress(OSError):  # a folder that has become read-only
-            temporary.unlink(missing_ok=True)
             old.unlink(missing_ok=True)
         where = f"{path}{space_beside(path)}"
         raise OSError(f"could not save {where}: {reason_of(error)}") from error
@@ -68,15 +65,6 @@ def space_beside(path: Path) -> str:
         return f" ({shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free there)"
     except OSError:
         return ""
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def predecessor(path: Path, number: int) -> Path:

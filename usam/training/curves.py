@@ -6,12 +6,12 @@ training.py tells it of every epoch.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dataset.files import atomic_write
 from usam.runtime.figures import draw_run_curves
 from usam.runtime.processes import is_main
 
@@ -56,9 +56,8 @@ class RunCurves:
             json.loads(line)
             for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         ]
-        scratch = self.folder / f".curves.{os.getpid()}.png"
-        draw_run_curves(scratch, lines)
-        os.replace(scratch, self.folder / "curves.png")
+        with atomic_write(self.folder / "curves.png") as scratch:
+            draw_run_curves(scratch, lines)
 
 
 def summary_writer() -> type:

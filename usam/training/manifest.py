@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataset.files import write_text
 from usam.weights.checkpoint_parts import PLAIN
 
 FORMAT = 1
@@ -125,9 +125,4 @@ def write(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any], *, goe
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
     whole = {"format": FORMAT, **facts, "starts": [*starts, start]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(whole, file, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(whole, indent=2, allow_nan=False))

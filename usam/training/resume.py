@@ -6,12 +6,12 @@ u-sam.py asks `choose` before anything is built; training.py asks `best_so_far`.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dataset.files import atomic_write
 from usam.runtime.processes import from_main, say
 from usam.training import checkpoint
 from usam.training.checkpoint import predecessor, predecessors
@@ -108,9 +108,8 @@ def bring_best(best: Mapping[str, Any], source: Path, folder: Path) -> bool:
     for path in (source / "best.pth", *predecessors(source / "best.pth")):
         with contextlib.suppress(ValueError, OSError):
             if read_checkpoint(path)["best"] == best:
-                temporary = folder / f".best.pth.{os.getpid()}.tmp"
-                shutil.copyfile(path, temporary)
-                os.replace(temporary, target)
+                with atomic_write(target) as scratch:
+                    shutil.copyfile(path, scratch)
                 print(f"took {path} along", flush=True)
                 return True
     return False

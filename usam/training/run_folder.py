@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.files import sweep, write_text
 from usam.runtime.processes import is_main
 from usam.training import checkpoint, manifest
 from usam.training.checkpoint import BackgroundSaver, predecessors
@@ -45,6 +46,7 @@ class RunFolder:
         if not is_main():
             return
         path.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         for unfinished in path.glob(".*.pth.*.tmp"):  # of a run killed while it was saving
             unfinished.unlink()
         if not self._goes_on:
@@ -52,9 +54,7 @@ class RunFolder:
         elif self.log_file.exists():
             lines = self.log_file.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _epoch_of(line) < first_epoch]
-            temporary = self.log_file.with_name(f".{self.log_file.name}.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(self.log_file)
+            write_text(self.log_file, "".join(line + "\n" for line in kept))
 
     def _move_aside(self) -> None:
         files = [self.path / name for name in RUN_FILES if (self.path / name).exists()]

@@ -5,7 +5,6 @@ u-sam.py starts LoRA from one (`--lora_weight`) and writes one (`--export_lora`)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dataset.files import atomic_write
 from usam.models.lora import from_samed, is_lora, to_samed
 from usam.models.usam import USam
 from usam.weights.sam import check_names, check_shapes
@@ -62,16 +62,14 @@ def save_lora(state: Mapping[str, Tensor], path: Path, *, with_decoder: bool) ->
     if with_decoder:
         plain = {name.removeprefix("sam."): value for name, value in state.items()}
         tensors |= {n: v.contiguous() for n, v in plain.items() if n.startswith(TUNED)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary)
-        else:
-            torch.save(tensors, temporary)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            if path.suffix == ".safetensors":
+                save_file(tensors, temporary)
+            else:
+                torch.save(tensors, temporary)
     except (OSError, RuntimeError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}") from error
     return f"{len(tensors)} tensors in {path}, named as SAMed names them"
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import urllib.request
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset.files import atomic_write
 from usam.models.lora import is_lora
 from usam.models.usam import USam
 from usam.weights.torch_files import read_tensors
@@ -205,18 +205,17 @@ def download_sam(path: Path) -> None:
     if path.name not in SAM_FILES.values():
         official = ", ".join(SAM_FILES.values())
         raise FileNotFoundError(f"no SAM checkpoint at {path}; official files are {official}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    promised = path.stem.rpartition("_")[2]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = fetch(SAM_URL + path.name, temporary)
-        promised = path.stem.rpartition("_")[2]
-        if not found.startswith(promised):
-            raise ValueError(f"{path.name} came damaged: MD5 {found}, not {promised}...; {where}")
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            found = fetch(SAM_URL + path.name, temporary)
+            if not found.startswith(promised):
+                raise ValueError(
+                    f"{path.name} came damaged: MD5 {found}, not {promised}...; {where}"
+                )
     except (OSError, HTTPException) as error:
         raise FileNotFoundError(f"no SAM checkpoint at {path} ({error}); {where}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch(url: str, path: Path) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from dataset import SliceDataset, SliceStore, VolumeDataset, VolumeStore
-from dataset.splits import split_table, write_json
+from dataset.files import write_json
+from dataset.splits import split_table
 from dataset.store.slices import write_case, write_index
 from dataset.store.volumes import write_volume, write_volume_index
 from dataset.verify.slices import check_store

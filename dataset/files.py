@@ -1,0 +1,178 @@
+"""Files that are written whole or not at all, locks on folders, and digests of content."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SCRATCH = ".tmp-"  # names of unfinished files begin with it
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+OLD = 24 * 3600  # seconds; younger unfinished files stay where the file system has no locks
+BLOCK = 1 << 20  # bytes
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """A temporary file beside `path`, to be written in the block; then it becomes `path`.
+
+    It ends in the same suffixes. Bytes and name are on the disk when the block ends; after an error
+    the old file is left as it was and the temporary one is removed. OSError names `path`.
+    """
+    path = Path(path)
+    scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name[-60:]}")
+    try:
+        handle, _ = _lock(scratch, wait=True)  # held, so that `sweep` leaves it alone
+        try:
+            yield scratch
+            sync(scratch)
+            os.replace(scratch, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
+        sync(path.parent)
+    except OSError as error:
+        if error.filename == str(scratch):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a UTF-8 text file whole or not at all."""
+    with atomic_write(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+
+
+def write_json(path: Path | str, content: Any, indent: int | None = 1) -> None:
+    """Writes JSON with sorted keys whole or not at all; ValueError for NaN and infinities."""
+    text = json.dumps(content, indent=indent, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def sync(path: Path) -> None:
+    """Brings the bytes of a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Removes unfinished files that killed processes left in a folder."""
+    for path in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):  # in use, gone already, or not ours to remove
+            handle, held = _lock(path, wait=False)
+            if held or time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str, purpose: str) -> Iterator[None]:
+    """Keeps other processes out of a folder, which is made if need be.
+
+    purpose: what this process does there, "training" for example. The kernel lets the lock go when
+    the process ends, however that happens. Raises ValueError naming the process that has the lock.
+    Where the file system has no locks this is printed, and the block runs.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    try:
+        handle, held = _lock(path, wait=False)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+        raise ValueError(
+            f"{folder} is in use by {holder or 'another process'}; wait until it ends, or choose"
+            " another folder"
+        ) from None
+    if not held:
+        print(f"warning: {folder}: no file locks here; run one process at a time", flush=True)
+    try:
+        os.truncate(handle, 0)
+        who = f"process {os.getpid()} on {socket.gethostname()} ({purpose})"
+        os.write(handle, who.encode())
+        _handles.add(handle)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        _handles.discard(handle)
+        os.close(handle)
+
+
+_handles: set[int] = set()  # of the locks held by `locked`
+
+
+def _release_in_child() -> None:
+    """Closes a parent's locks in a forked child, which may outlive the parent."""
+    while _handles:
+        os.close(_handles.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _lock(path: Path, *, wait: bool) -> tuple[int, bool]:
+    """(open descriptor of the file, whether it is locked); the file is made if need be.
+
+    Raises BlockingIOError if another process has the lock and `wait` is False.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                return handle, False
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):  # removed by its last owner: make another
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    return handle, True
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return handle, False
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def file_digest(path: Path | str) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for block in blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def blocks(path: Path | str) -> Iterator[bytes]:
+    """The bytes of a file, a part at a time."""
+    with Path(path).open("rb") as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Hex digest of an array's shape and values; not of its dtype and its order in memory."""
+    digest = hashlib.blake2b(str(array.shape).encode(), digest_size=16)
+    for part in array if array.ndim > 1 else [array]:
+        digest.update(np.ascontiguousarray(part).view(np.uint8))
+    return digest.hexdigest()
