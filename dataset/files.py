@@ -61,9 +61,11 @@ def write_text(path: Path | str, text: str) -> None:
         stream.write(text)
 
 
-def write_json(path: Path | str, content: Any, indent: int | None = 1) -> None:
-    """Writes JSON with sorted keys whole or not at all; ValueError for NaN and infinities."""
-    text = json.dumps(content, indent=indent, sort_keys=True, allow_nan=False)
+def write_json(
+    path: Path | str, content: Any, indent: int | None = 1, *, sort_keys: bool = True
+) -> None:
+    """Writes JSON whole or not at all; ValueError for NaN and infinities."""
+    text = json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False)
     write_text(path, text + "\n")
 
 

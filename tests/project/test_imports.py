@@ -13,7 +13,7 @@ BASE = {"dataset", "usam.cli", "usam.runtime", "usam.models"}
 MAY_IMPORT = {
     "dataset": set(),
     "usam.cli": set(),
-    "usam.runtime": {"usam.cli"},
+    "usam.runtime": {"usam.cli", "dataset"},
     "usam.models": {"usam.cli"},
     "usam.weights": BASE,
     "usam.prediction": BASE | {"usam.weights"},

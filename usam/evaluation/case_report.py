@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dataset.files import atomic_write, write_text
 from usam.evaluation import html_report as html
 from usam.evaluation.case_metrics import MEAN, METRICS, RESAMPLES, Row, summarize
 from usam.evaluation.cases import CaseScores
@@ -119,8 +120,8 @@ def write_report(folder: Path, report: CaseReport) -> Path:
     """Write cases.csv, classes.md, boxes.png, worst/*.png and report.html; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = cases_csv(report)
-    (folder / "cases.csv").write_text(cases, encoding="utf-8")
-    (folder / "classes.md").write_text(markdown(report), encoding="utf-8")
+    write_text(folder / "cases.csv", cases)
+    write_text(folder / "classes.md", markdown(report))
     draw_box_plots(
         folder / "boxes.png",
         box_values(report),
@@ -131,9 +132,10 @@ def write_report(folder: Path, report: CaseReport) -> Path:
         old.unlink()
     for place, one in enumerate(report.cases.worst, start=1):
         path = folder / "worst" / worst_file(place, one["case"])
-        path.write_bytes(b64decode(one["png"]))
+        with atomic_write(path) as scratch:
+            scratch.write_bytes(b64decode(one["png"]))
     page = folder / "report.html"
-    page.write_text(web_page(report, cases, (folder / "boxes.png").read_bytes()), encoding="utf-8")
+    write_text(page, web_page(report, cases, (folder / "boxes.png").read_bytes()))
     return page
 
 

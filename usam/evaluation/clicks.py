@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 import zlib
 from argparse import Namespace
@@ -22,11 +21,13 @@ from tqdm import tqdm
 
 from dataset import VolumeStore, build_volumes
 from dataset.crops import crop_reader
+from dataset.files import atomic_write, write_json
 from dataset.scans.grid import SPACING
 from usam.evaluation.surfaces import surface_dice
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.prediction.windows import Encoder, Session
+from usam.runtime.figures import save_figure
 from usam.runtime.loaders import Batch
 from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main, rank, reduce_sum, world_size
@@ -267,7 +268,10 @@ def write_report(
     scores (objects, clicks, 2) of `evaluate_objects`; facts: what was evaluated, and how.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "clicks.csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(folder / "clicks.csv") as scratch,
+        scratch.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["case", "class", "clicks", *SCORES, "failed"])
         for item, rows in zip(items, scores, strict=True):
@@ -285,8 +289,7 @@ def write_report(
         "classes": classes,
         "failed": [f"{item.case_id}: {item.name}" for item in failed],
     }
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    write_json(folder / "metrics.json", summary, 2, sort_keys=False)
     draw_curves(folder / "clicks.png", summary)
     return summary
 
@@ -338,4 +341,4 @@ def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
     axis.set(xlabel="clicks", ylabel="Dice", ylim=(0, 1), xticks=NUM_CLICKS)
     axis.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right center")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -5,7 +5,6 @@ u-sam.py calls it with the test data after counting; nothing here decides how a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dataset.files import write_json
 from usam.evaluation.metrics import ClassCounts, format_table
 from usam.runtime.figures import save_overlay
 
@@ -70,7 +70,7 @@ def write_scores(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.json"
     scores = {**facts, **summary, "foreground_slices_only": published, **(more or {})}
-    path.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, scores, 2, sort_keys=False)
     return path
 
 

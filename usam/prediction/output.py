@@ -6,7 +6,6 @@ voxels' place goes into any of them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy import ndimage
 
-from usam.runtime.figures import blend
+from dataset.files import write_json
+from usam.runtime.figures import blend, save_figure
 
 MONTAGE = 9  # slices
 
@@ -68,7 +68,7 @@ def class_volumes(
 
 def write_description(path: Path, facts: Mapping[str, Any]) -> None:
     """Write `facts` as strict JSON."""
-    path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, facts, 2, sort_keys=False)
 
 
 def class_colors(colors: Sequence[str | None] | None, num_classes: int) -> list[str]:
@@ -130,4 +130,4 @@ def save_montage(
             handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False
         )
     figure.suptitle(title if handles else f"{title}: no foreground", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dataset.crops import click_origin, crop_reader
+from dataset.files import write_json
 from dataset.scans.find import find_scans, output_names
 from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
 from dataset.scans.window import apply_window
@@ -341,4 +342,4 @@ def _first_window(
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """Save what was segmented, from how many clicks and windows, as strict JSON."""
     content = {**facts, "objects": list(rows)}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, content, 2, sort_keys=False)

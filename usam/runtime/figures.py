@@ -17,6 +17,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from dataset.files import atomic_write
+
 OPACITY = 0.45
 
 
@@ -75,7 +77,7 @@ def save_overlay(
     )
     for text in [*legend.get_texts(), figure.suptitle(title, fontsize=10)]:
         text.set_parse_math(False)  # names are no formulas
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _draw_prompts(
@@ -115,7 +117,7 @@ def draw_box_plots(
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _draw_box(axis: Axes, place: int, values: np.ndarray, color: str) -> None:
@@ -157,7 +159,7 @@ def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _draw_curve(
@@ -166,3 +168,12 @@ def _draw_curve(
     known = [math.nan if value is None else value for value in values]
     mark = "o" if len(lines) < 30 else None
     axis.plot([line["epoch"] for line in lines], known, marker=mark, markersize=3, **how)
+
+
+def save_figure(figure: Figure, path: Path | BinaryIO, *, dpi: int) -> None:
+    """Saves a picture to a stream, or whole or not at all to a file."""
+    if not isinstance(path, Path):
+        figure.savefig(path, dpi=dpi)
+        return
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, dpi=dpi)

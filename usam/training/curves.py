@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.files import atomic_write
 from usam.runtime.figures import draw_run_curves
 from usam.runtime.processes import is_main
 
@@ -56,8 +55,7 @@ class RunCurves:
             json.loads(line)
             for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         ]
-        with atomic_write(self.folder / "curves.png") as scratch:
-            draw_run_curves(scratch, lines)
+        draw_run_curves(self.folder / "curves.png", lines)
 
 
 def summary_writer() -> type:
