@@ -23,12 +23,12 @@ from typing import Any
 
 from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
 from dataset.transforms import AUGMENTATIONS
+from usam.cli.choices import MIXED
 from usam.cli.flags import parse_flags, settle
 from usam.cli.recipes import chosen_loss, jitter_pixels
 from usam.evaluation import report
 from usam.evaluation.pixels import count_pixels
 from usam.evaluation.slices import evaluate, merge
-from usam.models.prompts import MIXED
 from usam.models.size import count_parameters, multiply_accumulates
 from usam.models.usam import USam, build_usam
 from usam.prediction import slices
@@ -38,12 +38,12 @@ from usam.runtime.precision import Precision, select_precision
 from usam.runtime.processes import say
 from usam.runtime.signals import StopRequest
 from usam.training import checkpoint, engine, resume
-from usam.training.ema import averaged
 from usam.training.job import Job, Summary, Watch
 from usam.training.run import train
 from usam.training.sam_med3d import Train, run_volumes
 from usam.weights import sam as sam_file
 from usam.weights import usam as weights
+from usam.weights.inference import averaged
 from usam.weights.lora import load_lora, save_lora
 from usam.weights.small_checkpoint import base_of_run
 

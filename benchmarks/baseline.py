@@ -14,7 +14,7 @@ from segment_anything.modeling import ImageEncoderViT, PromptEncoder, TwoWayTran
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-from usam.models.sam_encoder import SAM_MODELS
+from usam.models.sam_encoder import SAM_SIZES
 from usam.models.usam import USam
 
 MEAN, STD = 0.1364736, 0.23238614
@@ -114,7 +114,7 @@ class PlainUSam(nn.Module):
 
     def __init__(self, sam_model: str, num_classes: int, img_size: int) -> None:
         super().__init__()
-        size, grid = SAM_MODELS[sam_model], img_size // 16
+        size, grid = SAM_SIZES[sam_model], img_size // 16
         encoder = ImageEncoderViT(
             img_size=img_size, embed_dim=size.width, depth=size.depth, num_heads=size.num_heads,
             out_chans=256, norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True,

@@ -31,8 +31,8 @@ from usam.models.sam_med3d import build_sam_med3d  # noqa: E402
 from usam.models.usam import build_usam  # noqa: E402
 from usam.runtime.figures import blend  # noqa: E402
 from usam.runtime.precision import select_precision  # noqa: E402
-from usam.training import checkpoint  # noqa: E402
 from usam.weights import usam as weights  # noqa: E402
+from usam.weights.state_dict import load_model_state  # noqa: E402
 
 COLUMNS = 4
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def draw_overlays(path: Path, resume: Path, data_root: Path | None) -> None:
     size, classes = saved["data"]["img_size"], saved["data"]["classes"]
     data = build_dataset("phantom", "test", data_root=data_root, img_size=size)
     model = build_usam(saved["args"]["sam_model"], num_classes=len(classes), img_size=size)
-    checkpoint.load_model_state(model, saved["model"], resume)
+    load_model_state(model, saved["model"], resume)
     loader = [torch.utils.data.default_collate([data[i]]) for i in data.showcase(COLUMNS)]
     precision = select_precision("off", torch.device("cpu"))
     shown = predictions(
@@ -111,7 +111,7 @@ def draw_volumes(path: Path, resume: Path, case: int = 0) -> None:
     """Organs of a test volume, cut through their fullest slice: truth, and after some clicks."""
     saved, precision = weights.read_checkpoint(resume), select_precision("off", CPU)
     model = build_sam_med3d(saved["args"]["sam_model"], saved["args"]["rel_pos"])
-    checkpoint.load_model_state(model, saved["model"], resume)
+    load_model_state(model, saved["model"], resume)
     data = build_volumes("phantom3d", "test", side=model.side)
     shown = [data.objects.index((data.objects[0][0] + case, label)) for label in ORGANS]
     batch = torch.utils.data.default_collate([data[index] for index in shown])

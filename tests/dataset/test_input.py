@@ -15,7 +15,7 @@ from dataset.scans.slices import ScanSlices
 from dataset.slices import CLIP_LIMITS, SliceDataset, equalize, neighbours
 from dataset.store.slices import SliceStore, write_case, write_index
 from tests.helpers.command import TINY, run
-from usam.models.prompts import MIXED
+from usam.cli.choices import MIXED
 from usam.prediction.prompts import ScanPrompts, slice_prompts
 
 SIDE, NUM_SLICES = 128, 5

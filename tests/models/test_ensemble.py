@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.toy import SIDE, Toy
-from usam.models.ensemble import (
-    VIEWS,
-    Averaged,
-    check_members,
-    check_start,
-    turned,
-    turned_back,
-    turned_prompts,
-)
+from usam.models.ensemble import VIEWS, Averaged, turned, turned_back, turned_prompts
 from usam.models.prompts import boxes_from_masks
+from usam.weights.folds import check_start
+from usam.weights.inference import check_members
 
 
 class Marked(nn.Module):

@@ -22,7 +22,7 @@ from segment_anything.modeling import (
 from torch import nn
 
 from tests.models.test_model import BOXES, MODES, POINTS
-from usam.models.sam_encoder import SAM_MODELS
+from usam.models.sam_encoder import SAM_SIZES
 from usam.models.usam import USam, build_usam
 from usam.weights import sam as sam_file
 
@@ -31,7 +31,7 @@ SIDE = 64
 
 def sam_of(size: str) -> Sam:
     """SAM of the size `vit_tiny`, by the package's own classes, all of its weights random."""
-    tiny, grid = SAM_MODELS[size], SIDE // 16
+    tiny, grid = SAM_SIZES[size], SIDE // 16
     encoder = ImageEncoderViT(
         img_size=SIDE, embed_dim=tiny.width, depth=tiny.depth, num_heads=tiny.num_heads,
         out_chans=256, qkv_bias=True, use_rel_pos=True, window_size=14,

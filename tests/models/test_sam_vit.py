@@ -12,9 +12,9 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from usam.models.sam_encoder import SAM_MODELS, SamViT, attention, key_positions, padding_logit
+from usam.models.sam_encoder import SAM_SIZES, SamViT, attention, key_positions, padding_logit
 
-SIZE = SAM_MODELS["vit_tiny"]
+SIZE = SAM_SIZES["vit_tiny"]
 
 
 def sam_encoder(img_size: int) -> ImageEncoderViT:

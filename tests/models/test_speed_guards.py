@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.transforms import augment
-from usam.models.prompts import PROMPT_MODES, prompts_from_masks
+from usam.cli.choices import PROMPT_MODES
+from usam.models.prompts import prompts_from_masks
 from usam.models.usam import USam, build_usam
 from usam.training.engine import FiniteGuard, segmentation_step
 from usam.training.losses import segmentation_loss

@@ -30,17 +30,7 @@ FLAG_READERS = {
 
 # Imports that still point the other way; this list only shrinks.
 OPEN = {
-    "usam.cli.flag_groups imports usam.models.prompts",
-    "usam.cli.flag_groups imports usam.models.sam_encoder",
-    "usam.cli.flag_groups imports usam.models.sam_med3d",
-    "usam.cli.flag_groups imports usam.models.usam",
-    "usam.cli.flags imports usam.models.prompts",
-    "usam.cli.flags imports usam.training.resume",
-    "usam.cli.flags_evaluation imports usam.models.ensemble",
     "usam.cli.recipes imports usam.training.losses",
-    "usam.weights.inference imports usam.training.ema",
-    "usam.weights.sam_med3d imports usam.training.checkpoint",
-    "usam.weights.usam imports usam.training.checkpoint",
 }
 
 

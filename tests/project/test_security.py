@@ -27,6 +27,7 @@ from tests.stress import tiny_run
 from tests.stress.hostile.stores import make_slices, make_volumes
 from tests.stress.injector import in_a_child, wait_for
 from usam.training import checkpoint
+from usam.weights.checkpoint_parts import FORMAT
 from usam.weights.torch_files import check_content, read_file
 
 SOURCES = sorted(
@@ -110,7 +111,7 @@ def test_torch_files_are_read_in_one_place() -> None:
 
 def whole_checkpoint(path: Path, num_weights: int = 300_000) -> dict:
     state = {
-        "format": checkpoint.FORMAT, "model": {"weight": torch.arange(float(num_weights))},
+        "format": FORMAT, "model": {"weight": torch.arange(float(num_weights))},
         "args": {}, "data": {}, "rng": checkpoint.random_state(),
     }  # fmt: skip
     checkpoint.save(path, state)
@@ -121,7 +122,7 @@ def test_a_checkpoint_cut_at_every_64_kib_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "last.pth"
     whole_checkpoint(path)
     content = path.read_bytes()
-    assert read_file(path)["format"] == checkpoint.FORMAT
+    assert read_file(path)["format"] == FORMAT
     places = range(0, len(content), 1 << 16)
     assert len(places) > 15
     for length in places:
@@ -199,7 +200,7 @@ def write_checkpoint(path: Path) -> Path:
     }  # fmt: skip
     flags = {"model": "u-sam", "sam_model": "vit_tiny", "img_size": 16, "prompt_mode": 0}
     checkpoint.save(path, {
-        "format": checkpoint.FORMAT, "model": tiny_run.TinyNet(3).state_dict(), "args": flags,
+        "format": FORMAT, "model": tiny_run.TinyNet(3).state_dict(), "args": flags,
         "data": data, "progress": {"epoch": 1, "step": 0, "samples": 1},
         "best": {"epoch": 0, "mean_dice": 0.5},
     })  # fmt: skip

@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.helpers.toy import CPU, FLOAT32, Slices, Toy, one_group, train, training_loader
+from usam.cli.choices import MIXED
 from usam.evaluation.pixels import count_pixels
-from usam.models.prompts import MIXED, mixed_mode
+from usam.models.prompts import mixed_mode
 from usam.models.usam import build_usam
 from usam.runtime import processes
 from usam.runtime.samplers import EvaluationShard, TrainingBatches

@@ -24,6 +24,7 @@ from tests.stress.rows import Row
 from usam.training import checkpoint
 from usam.training.engine import Progress
 from usam.training.run_folder import RunFolder
+from usam.weights.checkpoint_parts import FORMAT
 from usam.weights.usam import read_checkpoint
 
 SAVES_BY_TIME = 6  # that a child makes before it ends by itself
@@ -45,7 +46,7 @@ def small_state(number: int) -> dict[str, Any]:
     """A whole checkpoint whose every weight and sample count is `number`; about 60 kB."""
     model = small_model(number)
     return {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "model": model.state_dict(),
         "args": {"model": "u-sam"},
         "data": {},

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.helpers.toy import Slices, Toy, one_group, train, training_loader
-from usam.training.ema import WeightAverage, averaged
+from usam.training.ema import WeightAverage
 from usam.training.engine import Progress
+from usam.weights.inference import averaged
 
 
 def test_the_average_by_hand() -> None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from tests.helpers.command import TINY, assert_refused, assert_same_run, run
 from tests.helpers.layouts import slice_store
+from usam.cli.choices import ADAPTERS, TUNINGS
 from usam.models import lora
-from usam.models.usam import ADAPTERS, TUNINGS, build_usam
+from usam.models.usam import build_usam
 from usam.training.run_folder import RunFolder
 from usam.weights.small_checkpoint import is_base
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from usam.models.sam_med3d import build_sam_med3d
-from usam.weights.sam_med3d import load_sam_med3d_checkpoint, load_sam_med3d_weights
+from usam.weights.sam_med3d import load_sam_med3d_checkpoint
+from usam.weights.state_dict import load_model_state
 
 
 class Unsafe:
@@ -63,7 +64,7 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, state: dict, layout
     read, facts = load_sam_med3d_checkpoint(tmp_path / "weights.pth")
     assert facts == {"num_point_embeddings": 2, "num_tensors": len(state)}
     model = build_sam_med3d("vit_tiny")
-    load_sam_med3d_weights(model, read)
+    load_model_state(model, read, "weights.pth")
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
 
@@ -73,7 +74,8 @@ def test_four_point_embeddings_are_recognised(tmp_path: Path) -> None:
     torch.save({"model_state_dict": model.state_dict()}, tmp_path / "weights.pth")
     read, facts = load_sam_med3d_checkpoint(tmp_path / "weights.pth")
     assert facts["num_point_embeddings"] == 4
-    load_sam_med3d_weights(build_sam_med3d("vit_tiny", num_point_embeddings=4), read)
+    model = build_sam_med3d("vit_tiny", num_point_embeddings=4)
+    load_model_state(model, read, "weights.pth")
 
 
 def test_missing_file_gives_the_address(tmp_path: Path) -> None:
@@ -81,19 +83,21 @@ def test_missing_file_gives_the_address(tmp_path: Path) -> None:
         load_sam_med3d_checkpoint(tmp_path / "sam_med3d_turbo.pth")
 
 
-def test_missing_unexpected_and_misshapen_names_are_listed(state: dict) -> None:
+def test_missing_unexpected_and_wrong_shapes_are_named(state: dict) -> None:
     model = build_sam_med3d("vit_tiny")
     before = model.prompt_encoder.no_mask_embed.weight.clone()
     wrong = {**state, "decoder.extra": torch.zeros(1)}
     wrong["prompt_encoder.no_mask_embed.weight"] = before + 1
-    wrong["image_encoder.pos_embed"] = torch.zeros(1, 8, 8, 8, 96)
     del wrong["mask_decoder.iou_token.weight"]
-    with pytest.raises(ValueError) as error:
-        load_sam_med3d_weights(model, wrong)
-    text = str(error.value)
-    assert "missing: mask_decoder.iou_token.weight" in text
-    assert "unexpected: decoder.extra" in text
-    assert "wrong shape: image_encoder.pos_embed (1, 8, 8, 8, 96) for (1, 4, 4, 4, 96)" in text
+    named = "a.pth .*: missing mask_decoder.iou_token.weight; unexpected decoder.extra"
+    with pytest.raises(ValueError, match=named):
+        load_model_state(model, wrong, "a.pth")
+    wrong["image_encoder.pos_embed"] = torch.zeros(1, 8, 8, 8, 96)
+    shapes = (
+        r"a.pth: image_encoder.pos_embed has shape \(1, 8, 8, 8, 96\).* needs \(1, 4, 4, 4, 96\)"
+    )
+    with pytest.raises(ValueError, match=shapes):
+        load_model_state(model, wrong, "a.pth")
     assert torch.equal(model.prompt_encoder.no_mask_embed.weight, before)  # nothing was copied
 
 

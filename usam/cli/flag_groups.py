@@ -9,6 +9,17 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from usam.cli.choices import (
+    ADAPTERS,
+    INPUTS,
+    MIXED,
+    MODELS,
+    PROMPT_MODES,
+    REL_POS,
+    SAM_MED3D_MODELS,
+    SAM_MODELS,
+    TUNINGS,
+)
 from usam.cli.flag_values import (
     class_weights,
     count,
@@ -20,12 +31,6 @@ from usam.cli.flag_values import (
     share,
 )
 from usam.cli.recipes import RECIPES
-from usam.models.prompts import MIXED, PROMPT_MODES
-from usam.models.sam_encoder import SAM_MODELS
-from usam.models.sam_med3d import SAM_MED3D_MODELS
-from usam.models.usam import ADAPTERS, TUNINGS
-
-MODELS = ("u-sam", "sam-med3d")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, datasets: Iterable[str]) -> None:
@@ -65,10 +70,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="start LoRA from a file named as SAMed's (.pth, .safetensors)")  # fmt: skip
     flag("--init", type=Path, metavar="PATH",
         help="start from a checkpoint of other classes; what fits is taken")  # fmt: skip
-    flag("--rel_pos", choices=("published", "corrected"),
+    flag("--rel_pos", choices=REL_POS,
         help="sam-med3d: positions as the published weights need them (published)")  # fmt: skip
     flag("--img_size", type=positive, help="side of the input, pixels, a multiple of 16 (224)")
-    flag("--input", choices=("2d", "2.5d"),
+    flag("--input", choices=INPUTS,
         help="a slice alone, or between its neighbours as three channels (2d)")  # fmt: skip
     flag("--prompt_mode", type=prompt_mode, choices=(*PROMPT_MODES, MIXED),
         help="0 no prompts, 1 boxes, 2 points (3 a class), 3 both; "

@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from usam.cli import flag_groups
+from usam.cli.choices import AUTO, MIXED
 from usam.cli.flags_evaluation import add_evaluation_flags, check_evaluation_flags
 from usam.cli.recipes import RECIPES
-from usam.models.prompts import MIXED
-from usam.training.resume import AUTO
 
 # What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
 # A training run that goes on from --resume takes the values it had there instead.

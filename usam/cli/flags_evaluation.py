@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from usam.cli.choices import TTA
 from usam.cli.flag_values import above_zero
-from usam.models.ensemble import VIEWS
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         help="mm between slices, rows, columns, where the data do not say (pixels)")  # fmt: skip
     flag("--prompt_sweep", action="store_true",
         help="also the scores with all prompts, exact and careless")  # fmt: skip
-    flag("--tta", choices=[name for name in VIEWS if name != "none"],
+    flag("--tta", choices=TTA,
         help="--eval, --predict: average over 4 or 8 views of each slice (off)")  # fmt: skip
     flag("--merge", nargs="+", type=Path, metavar="FOLDER",
         help="one report of the cases of several --eval, as of all folds")  # fmt: skip

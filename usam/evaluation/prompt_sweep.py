@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from usam.cli.choices import PROMPT_MODES
 from usam.cli.recipes import jitter_pixels
 from usam.evaluation.case_metrics import MEAN
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.pixels import count_pixels
 from usam.evaluation.report import PROMPT_SOURCES
-from usam.models.prompts import PROMPT_MODES, jittered
+from usam.models.prompts import jittered
 from usam.runtime.loaders import Batch
 from usam.runtime.progress import progress_bar
 

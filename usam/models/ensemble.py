@@ -5,12 +5,13 @@ u-sam.py puts it in a model's place for --resume A B C and --tta; engine and pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from usam.cli.choices import TTA
 
 View = tuple[int, bool]  # quarter turns after a mirroring of left and right, if any
 VIEWS: dict[str, tuple[View, ...]] = {
@@ -18,11 +19,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
     "flip": ((0, False), (0, True), (2, True), (2, False)),  # as is, x, y, x and y
     "flip+rot": tuple((turns, mirrored) for turns in range(4) for mirrored in (False, True)),
 }
-# What members must share: of a checkpoint's "data", and what it is where the key is missing.
-SHARED = {
-    "classes": None, "img_size": None, "input": "2d", "window": None, "orientation": None,
-    "spacing": None, "clahe": False, "crop": 0.0, "body_crop": False,
-}  # fmt: skip
+assert tuple(VIEWS)[1:] == TTA
 
 
 class Averaged(nn.Module):
@@ -102,64 +99,3 @@ def _turned_coords(coords: Tensor, view: View, side: int) -> Tensor:
     for _ in range(turns):
         x, y = y, side - 1 - x
     return torch.stack([x, y], dim=-1)
-
-
-def check_members(
-    members: Sequence[tuple[Path, Mapping[str, Any]]],
-    fold: int | None,
-    fold_digest: str | None = None,
-) -> None:
-    """Raises ValueError unless checkpoints (path, content) can be averaged, evaluated on `fold`.
-
-    They must have learnt the same classes from slices prepared alike, at one size; the encoder's
-    size and the training may differ. Published checkpoints do not know the names of their classes.
-    With a fold each must have been trained with it, so that none has seen its cases. fold_digest:
-    that of the data; checkpoints older than it are known by the fold's number only.
-    """
-    (first, content), *others = members
-    wanted = _described(content["data"])
-    for path, other in others:
-        found = _described(other["data"])
-        for name in SHARED:
-            ours, theirs = wanted[name], found[name]
-            if name == "classes" and any("point_order" in c["data"] for c in (content, other)):
-                ours, theirs = len(ours), len(theirs)
-            if ours != theirs:
-                raise ValueError(
-                    f"--resume: {path} has {name} {theirs}, {first} has {ours}; "
-                    "only models of the same classes, size and input can be averaged"
-                )
-    for path, other in members if fold is not None else ():
-        _check_fold(str(path), other, fold, fold_digest)
-
-
-def check_start(
-    path: Path, content: Mapping[str, Any], fold: int | None, data: Mapping[str, Any]
-) -> None:
-    """Raises ValueError where --init, a checkpoint's content, has seen cases of the run's `fold`.
-
-    data: what the run's checkpoints say of it. A checkpoint of the same store must have been
-    trained with the same fold, and one of the same data set prepared otherwise with that or none.
-    """
-    theirs = content["data"]
-    same_store = theirs.get("digest") is not None and theirs["digest"] == data["digest"]
-    same_set = theirs.get("dataset") is not None and theirs["dataset"] == data["dataset"]
-    in_folds = same_set and content["args"].get("fold") is not None
-    if fold is not None and (same_store or in_folds):
-        _check_fold(f"--init {path}", content, fold, data["fold_digest"])
-
-
-def _check_fold(name: str, content: Mapping[str, Any], fold: int, digest: str | None) -> None:
-    trained, known = content["args"].get("fold"), content["data"].get("fold_digest")
-    if trained != fold:
-        on = "without --fold" if trained is None else f"with --fold {trained}"
-        raise ValueError(f"--fold {fold}: {name} was trained {on} and has seen these cases")
-    if known and digest and known != digest:
-        raise ValueError(
-            f"--fold {fold}: {name} was trained with another fold {fold} and has seen these cases; "
-            "the store was prepared again with other --folds, --seed or cases"
-        )
-
-
-def _described(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: data.get(name, default) for name, default in SHARED.items()}

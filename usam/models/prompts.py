@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PROMPT_MODES = {0: "none", 1: "boxes", 2: "points", 3: "points and boxes"}
-MIXED = "mixed"  # in training: one of the modes, another in each step
+from usam.cli.choices import PROMPT_MODES
 
 
 def prompts_from_masks(

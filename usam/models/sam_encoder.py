@@ -19,6 +19,8 @@ from segment_anything.modeling.image_encoder import (
 )
 from torch import Tensor, nn
 
+from usam.cli.choices import SAM_MODELS
+
 PATCH = 16
 WINDOW = 14
 PROMPT_WIDTH = 256
@@ -33,12 +35,13 @@ class SamSize(NamedTuple):
     global_blocks: tuple[int, ...]
 
 
-SAM_MODELS = {
+SAM_SIZES = {
     "vit_b": SamSize(768, 12, 12, (2, 5, 8, 11)),
     "vit_l": SamSize(1024, 24, 16, (5, 11, 17, 23)),
     "vit_h": SamSize(1280, 32, 16, (7, 15, 23, 31)),
     "vit_tiny": SamSize(96, 4, 3, (1, 3)),  # ours, for tests; no published weights
 }
+assert tuple(SAM_SIZES) == SAM_MODELS
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from segment_anything.modeling import TwoWayTransformer
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
+from usam.cli.choices import REL_POS, SAM_MED3D_MODELS
 from usam.models.full_precision import full_precision
 from usam.models.prompts import next_clicks
-from usam.models.sam_med3d_encoder import BIAS_RULES, ImageEncoder3d, LayerNorm3d
+from usam.models.sam_med3d_encoder import ImageEncoder3d, LayerNorm3d
 from usam.models.two_way import meet_at_positions
 
 PATCH = 16
@@ -36,13 +37,14 @@ class Size(NamedTuple):
     side: int
 
 
-SAM_MED3D_MODELS = {
+SAM_MED3D_SIZES = {
     "vit_b_ori": Size(768, 12, 12, (2, 5, 8, 11), 128),  # the published weights
     "vit_b": Size(384, 12, 12, (2, 5, 8, 11), 256),
     "vit_l": Size(1024, 24, 16, (5, 11, 17, 23), 256),
     "vit_h": Size(1280, 32, 16, (7, 15, 23, 31), 256),
     "vit_tiny": Size(96, 4, 3, (1, 3), 64),  # ours, for tests and the phantom
 }
+assert tuple(SAM_MED3D_SIZES) == SAM_MED3D_MODELS
 
 
 class FourierEncoding(nn.Module):
@@ -316,8 +318,8 @@ def build_sam_med3d(
     if sam_model not in SAM_MED3D_MODELS:
         known = ", ".join(SAM_MED3D_MODELS)
         raise ValueError(f"sam_model: wanted one of {known}, found {sam_model!r}")
-    if rel_pos not in BIAS_RULES:
-        raise ValueError(f"rel_pos: wanted one of {', '.join(BIAS_RULES)}, found {rel_pos!r}")
+    if rel_pos not in REL_POS:
+        raise ValueError(f"rel_pos: wanted one of {', '.join(REL_POS)}, found {rel_pos!r}")
     if num_point_embeddings not in (2, 4):
         raise ValueError(f"num_point_embeddings: wanted 2 or 4, found {num_point_embeddings}")
     config = {
@@ -325,7 +327,7 @@ def build_sam_med3d(
         "rel_pos": rel_pos,
         "num_point_embeddings": num_point_embeddings,
     }
-    model = SamMed3d(SAM_MED3D_MODELS[sam_model], config=config)
+    model = SamMed3d(SAM_MED3D_SIZES[sam_model], config=config)
     if rel_pos == "corrected":
         meet_at_positions(model.mask_decoder.transformer)
     return model

@@ -8,16 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from usam.cli.choices import ADAPTERS, SAM_MODELS, TUNINGS
 from usam.models.lora import add_lora, is_lora
 from usam.models.sam_decoder import MaskDecoder, PromptEncoder, SamMaskDecoder
-from usam.models.sam_encoder import SAM_MODELS, SamSize, SamViT
+from usam.models.sam_encoder import SAM_SIZES, SamSize, SamViT
 from usam.models.unet import DownPath
 
-__all__ = ["SAM_MODELS", "USam", "build_usam"]
-
 IMAGE_MEAN, IMAGE_STD = 0.1364736, 0.23238614  # of the CARE training slices, as published
-ADAPTERS = ("u", "none")
-TUNINGS = ("full", "lora", "decoder")
 
 
 class USam(nn.Module):
@@ -125,7 +122,7 @@ def build_usam(
     ValueError for an unknown choice, fewer than two classes or a size that 16 does not divide.
     """
     choices = {
-        "sam_model": (sam_model, tuple(SAM_MODELS)),
+        "sam_model": (sam_model, SAM_MODELS),
         "adapter": (adapter, ADAPTERS),
         "tuning": (tuning, TUNINGS),
     }
@@ -134,7 +131,7 @@ def build_usam(
             raise ValueError(f"{name} must be one of {', '.join(known)}, found {value!r}")
     if num_classes < 2:
         raise ValueError(f"num_classes counts the background, so at least 2; found {num_classes}")
-    model = USam(SAM_MODELS[sam_model], num_classes, img_size, adapter=adapter)
+    model = USam(SAM_SIZES[sam_model], num_classes, img_size, adapter=adapter)
     if tuning == "lora":
         add_lora(model.sam.image_encoder)
     elif tuning == "decoder":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usam.models.prompts import MIXED, PROMPT_MODES
+from usam.cli.choices import MIXED, PROMPT_MODES
 
 MAX_JSON_BYTES = 64 << 20
 NOT_A_POINT = -1

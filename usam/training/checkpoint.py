@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from dataset.files import atomic_write
 
-FORMAT = 1
 FAILED_SAVES = 3  # in a row, after which training stops
 
 
@@ -151,27 +149,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def load_model_state(model: nn.Module, state: Mapping[str, Any], source: Path) -> None:
-    """Put the weights of `state` into `model`, every name and shape as expected.
-
-    Raises ValueError naming what is missing, unexpected or of another shape.
-    """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{source} does not fit this model: missing {missing[:3]} ({len(missing)} in all), "
-            f"unexpected {unexpected[:3]} ({len(unexpected)})"
-        )
-    for name, value in own.items():
-        if value.shape != state[name].shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(state[name].shape)}, "
-                f"this model's is {tuple(value.shape)}"
-            )
-    model.load_state_dict(state)
 
 
 def to_cpu(state: Any, copies: dict[int, torch.Tensor] | None = None) -> Any:

@@ -70,11 +70,3 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the averaged weights by name and how many steps they saw."""
         return {"num_updates": self.num_updates, "weights": self.weights}
-
-
-def averaged(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint with its average, where it holds one, in place of the last weights."""
-    rest = {key: value for key, value in state.items() if key != "average"}
-    if "average" in state:
-        rest["model"] = {**state["model"], **state["average"]["weights"]}
-    return rest

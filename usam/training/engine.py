@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from usam.models.prompts import MIXED, jittered, mixed_mode, prompts_from_masks
+from usam.cli.choices import MIXED
+from usam.models.prompts import jittered, mixed_mode, prompts_from_masks
 from usam.runtime.loaders import Batch, to_device
 from usam.runtime.precision import Precision
 from usam.runtime.processes import rank, reduce_sum

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dataset.files import atomic_write
+from usam.cli.choices import AUTO
 from usam.runtime.processes import from_main, say
 from usam.training import checkpoint
 from usam.training.checkpoint import predecessor, predecessors
 from usam.weights.usam import read_checkpoint
 
-AUTO = Path("auto")
 NONE, ALL_DAMAGED = -1, -2  # instead of a place among the predecessors
 
 

@@ -18,8 +18,10 @@ from dataset.files import sweep, write_text
 from usam.runtime.processes import is_main
 from usam.training import checkpoint, manifest
 from usam.training.checkpoint import BackgroundSaver, predecessors
-from usam.training.ema import WeightAverage, averaged
+from usam.training.ema import WeightAverage
 from usam.training.engine import Progress
+from usam.weights.checkpoint_parts import FORMAT
+from usam.weights.inference import averaged
 from usam.weights.small_checkpoint import without_base
 
 RUN_FILES = (
@@ -126,7 +128,7 @@ def run_state(
     usam.manifest. begun: sums of an epoch that is not done; line: figures of one still to validate.
     """
     state = {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "model": without_base(model.state_dict()) if data.get("base") else model.state_dict(),
         "args": manifest.plain(flags),
         "data": dict(data),

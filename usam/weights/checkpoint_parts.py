@@ -11,8 +11,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from usam.cli.choices import ADAPTERS, CLICKS, INPUTS, MIXED, PROMPT_MODES, TUNINGS
 from usam.weights.torch_files import is_state_dict
 
+FORMAT = 1
 PLAIN = (int, float, str, bool, type(None))
 MAX_SIDE = 8192  # pixels; the largest side a model is built for
 MAPPINGS = ("model", "args", "data", "progress", "best", "optimizer", "scaler", "rng",
@@ -36,11 +38,11 @@ DATA: dict[str, Callable[[Any], bool]] = {  # what must be true of "data" where 
     "orientation": lambda value: isinstance(value, str),
     "spacing": lambda value: value is None or _is_size(value),
     "crop": lambda value: isinstance(value, Real) and 0 <= value < 0.5,
-    "prompt_mode": lambda value: (type(value) is int and 0 <= value <= 3)
-    or value in ("mixed", "clicks"),
-    "input": lambda value: value in ("2d", "2.5d"),
-    "adapter": lambda value: value in ("u", "none"),
-    "tuning": lambda value: value in ("full", "lora", "decoder"),
+    "prompt_mode": lambda value: (type(value) is int and value in PROMPT_MODES)
+    or value in (MIXED, CLICKS),
+    "input": lambda value: value in INPUTS,
+    "adapter": lambda value: value in ADAPTERS,
+    "tuning": lambda value: value in TUNINGS,
     "base": lambda value: isinstance(value, Mapping) and value.keys() == {"file", "sha256"}
     and _is_list([*value.values()], str),
     "num_point_embeddings": lambda value: value in (2, 4),

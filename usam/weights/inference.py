@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from usam.models.ensemble import VIEWS, Averaged, check_members
+from usam.models.ensemble import VIEWS, Averaged
 from usam.runtime.processes import say
-from usam.training.ema import averaged
+from usam.weights.folds import check_fold
 from usam.weights.usam import load_usam, points_are_row_col, read_checkpoint
+
+# What members must share: of a checkpoint's "data", and what it is where the key is missing.
+SHARED = {
+    "classes": None, "img_size": None, "input": "2d", "window": None, "orientation": None,
+    "spacing": None, "clahe": False, "crop": 0.0, "body_crop": False,
+}  # fmt: skip
 
 
 def load_for_inference(
@@ -44,3 +52,44 @@ def answers_text(args: Namespace) -> dict[str, str]:
     if args.tta:
         facts["views"] = f"{args.tta}: {len(VIEWS[args.tta])} averaged"
     return facts
+
+
+def averaged(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with its average, where it holds one, in place of the last weights."""
+    rest = {key: value for key, value in state.items() if key != "average"}
+    if "average" in state:
+        rest["model"] = {**state["model"], **state["average"]["weights"]}
+    return rest
+
+
+def check_members(
+    members: Sequence[tuple[Path, Mapping[str, Any]]],
+    fold: int | None,
+    fold_digest: str | None = None,
+) -> None:
+    """Raises ValueError unless checkpoints (path, content) can be averaged, evaluated on `fold`.
+
+    They must have learnt the same classes from slices prepared alike, at one size; the encoder's
+    size and the training may differ. Published checkpoints do not know the names of their classes.
+    With a fold each must have been trained with it, so that none has seen its cases. fold_digest:
+    that of the data; checkpoints older than it are known by the fold's number only.
+    """
+    (first, content), *others = members
+    wanted = _described(content["data"])
+    for path, other in others:
+        found = _described(other["data"])
+        for name in SHARED:
+            ours, theirs = wanted[name], found[name]
+            if name == "classes" and any("point_order" in c["data"] for c in (content, other)):
+                ours, theirs = len(ours), len(theirs)
+            if ours != theirs:
+                raise ValueError(
+                    f"--resume: {path} has {name} {theirs}, {first} has {ours}; "
+                    "only models of the same classes, size and input can be averaged"
+                )
+    for path, other in members if fold is not None else ():
+        check_fold(str(path), other, fold, fold_digest)
+
+
+def _described(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data.get(name, default) for name, default in SHARED.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from dataset.files import atomic_write
 from usam.models.lora import from_samed, is_lora, to_samed
 from usam.models.usam import USam
-from usam.weights.sam import check_names, check_shapes
+from usam.weights.state_dict import check_names, check_shapes
 from usam.weights.torch_files import read_tensors
 
 TUNED = ("prompt_encoder.", "mask_decoder.")  # SAMed's files hold these beside LoRA

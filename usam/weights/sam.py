@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dataset.files import atomic_write
 from usam.models.lora import is_lora
 from usam.models.usam import USam
+from usam.weights.state_dict import check_names, check_shapes
 from usam.weights.torch_files import read_tensors
 
 MASK_TOKENS = "mask_decoder.mask_tokens.weight"
@@ -171,28 +172,6 @@ def resize(value: Tensor, name: str, shape: torch.Size) -> Tensor:
         grid = F.interpolate(value.permute(0, 3, 1, 2), size=shape[1:3], mode="bilinear")
         return grid.permute(0, 2, 3, 1)
     return F.interpolate(value.T.unsqueeze(0), size=shape[0], mode="linear").squeeze(0).T
-
-
-def check_shapes(source: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises ValueError that names the first tensor of `found` of another shape than wanted."""
-    for name, value in found.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(
-                f"{source}: {name} is {tuple(value.shape)}, this model's is "
-                f"{tuple(wanted[name].shape)}; is it the file of another --sam_model?"
-            )
-
-
-def check_names(source: Path, missing: set[str], unknown: set[str]) -> None:
-    """Raises ValueError that names tensors which a file should hold or should not."""
-    faults = {"missing": sorted(missing), "unexpected": sorted(unknown)}
-    said = [
-        f"{kind} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        for kind, names in faults.items()
-        if names
-    ]
-    if said:
-        raise ValueError(f"{source} is not a checkpoint of this model: {'; '.join(said)}")
 
 
 def download_sam(path: Path) -> None:

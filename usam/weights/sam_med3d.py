@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from usam.models.sam_med3d import SamMed3d, build_sam_med3d
 from usam.runtime.processes import say
-from usam.training.checkpoint import load_model_state
+from usam.weights.state_dict import load_model_state
 from usam.weights.torch_files import read_file
 
 ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
@@ -31,10 +31,8 @@ def load_or_initialize(args: Namespace, saved: dict[str, Any] | None) -> SamMed3
     else:
         source, state, num_points = starting_weights(args.sam_model, args.sam_weight)
     model = build_sam_med3d(args.sam_model, args.rel_pos, num_points)
-    if saved:
-        load_model_state(model, state, args.resume)
-    elif state is not None:
-        load_sam_med3d_weights(model, state)
+    if state is not None:
+        load_model_state(model, state, source)
     elif args.eval or args.predict:
         raise ValueError("random weights know nothing: name --resume or a --sam_weight file")
     size = f"SAM-Med3D {args.sam_model}, {model.side} voxels a side, {args.rel_pos} positions"
@@ -79,35 +77,6 @@ def load_sam_med3d_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict
             f"among {len(state)} tensors; published checkpoints are at {ADDRESS}"
         )
     return state, {"num_point_embeddings": num_point_embeddings, "num_tensors": len(state)}
-
-
-def load_sam_med3d_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a state dict into a network built to fit; no name may be missing, extra or misshapen.
-
-    Raises ValueError that lists what does not fit, before anything is copied.
-    """
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    shapes = [
-        f"{name} {found[name]} for {wanted[name]}"
-        for name in wanted
-        if name in found and wanted[name] != found[name]
-    ]
-    faults = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "wrong shape": shapes,
-    }
-    if any(faults.values()):
-        text = "; ".join(f"{kind}: {listed(what)}" for kind, what in faults.items() if what)
-        raise ValueError(f"SAM-Med3D weights do not fit the network: {text}")
-    model.load_state_dict(dict(state), strict=True)
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Names in a row, the rest counted where they are many."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usam.models.ensemble import check_start
 from usam.models.lora import is_lora, merged
 from usam.models.sam_encoder import PATCH
 from usam.models.two_way import meet_at_positions
-from usam.models.usam import SAM_MODELS, USam, build_usam
-from usam.training.checkpoint import FORMAT, load_model_state
+from usam.models.usam import SAM_SIZES, USam, build_usam
 from usam.weights import sam as sam_file
-from usam.weights.checkpoint_parts import MAX_SIDE, PLAIN, check_parts, whole_number
-from usam.weights.sam import check_names, resize
+from usam.weights.checkpoint_parts import FORMAT, MAX_SIDE, PLAIN, check_parts, whole_number
+from usam.weights.folds import check_start
+from usam.weights.sam import resize
 from usam.weights.small_checkpoint import completed
+from usam.weights.state_dict import check_names, load_model_state
 from usam.weights.torch_files import is_state_dict, read_file
 
 # In published U-SAM checkpoints, though no logit depends on them.
@@ -54,7 +54,7 @@ def initialize(
     """Start `model` from SAM's weights; one line that says what came from where.
 
     init: a checkpoint of U-SAM to start from instead, that must not have seen the cases of `fold`
-    of `data`, what checkpoints say of it; see `ensemble.check_start`. sam_weight: a file, `none`
+    of `data`, what checkpoints say of it; see `folds.check_start`. sam_weight: a file, `none`
     for random weights, or None for the official file of `sam_model` in weight/. A missing official
     file is downloaded. Raises FileNotFoundError where that fails and ValueError where a file does
     not fit.
@@ -210,7 +210,7 @@ def sizes(state: Mapping[str, Tensor], source: Path) -> tuple[str, int, int]:
     _, side, _, width = state[position].shape
     if side * PATCH > MAX_SIDE:
         raise ValueError(f"{source}: made for images of {side * PATCH} pixels")
-    names = [name for name, size in SAM_MODELS.items() if size.width == width]
+    names = [name for name, size in SAM_SIZES.items() if size.width == width]
     if not names:
         raise ValueError(f"{source}: no SAM encoder is {width} channels wide")
     return names[0], len(state[output]), side * PATCH

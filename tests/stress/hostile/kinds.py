@@ -41,10 +41,10 @@ from usam.models.sam_med3d import build_sam_med3d
 from usam.models.usam import build_usam
 from usam.prediction.prompts import read_prompts
 from usam.prediction.volumes import read_prompts3d
-from usam.training import checkpoint
 from usam.training.engine import Progress
 from usam.training.run import blamed_on, restore
 from usam.weights.sam_med3d import load_sam_med3d_checkpoint
+from usam.weights.state_dict import load_model_state
 from usam.weights.torch_files import read_tensors
 from usam.weights.usam import read_checkpoint
 
@@ -105,7 +105,7 @@ def checkpoints() -> list[Kind]:
 def taken_up(path: Path) -> dict[str, Any]:
     """Our checkpoint as a run takes it up: weights, optimizer, random state, position."""
     saved, model = read_checkpoint(path), small_model(0)
-    checkpoint.load_model_state(model, saved["model"], path)
+    load_model_state(model, saved["model"], path)
     with blamed_on(path):
         restore(saved, one_group(model), FLOAT32.scaler())
     return vars(Progress(**saved["progress"])) | dict(saved["best"])

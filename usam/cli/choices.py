@@ -1,0 +1,18 @@
+"""Names that flags may take, each stated once; without torch, so that flags are read at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODELS = ("u-sam", "sam-med3d")
+SAM_MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny")  # --sam_model of u-sam
+SAM_MED3D_MODELS = ("vit_b_ori", "vit_b", "vit_l", "vit_h", "vit_tiny")  # and of sam-med3d
+ADAPTERS = ("u", "none")
+TUNINGS = ("full", "lora", "decoder")
+INPUTS = ("2d", "2.5d")
+REL_POS = ("published", "corrected")
+PROMPT_MODES = {0: "none", 1: "boxes", 2: "points", 3: "points and boxes"}
+MIXED = "mixed"  # --prompt_mode: in training one of the modes, another in each step
+CLICKS = "clicks"  # the prompt mode in checkpoints of sam-med3d
+TTA = ("flip", "flip+rot")
+AUTO = Path("auto")  # --resume: the newest checkpoint
