@@ -1,11 +1,11 @@
-"""Which scans the paths of a command line name, and what to call their results."""
+"""Which scans the paths of a command line name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataset.scans.read import SCAN_SUFFIXES, scan_stem
+from dataset.scans.read import SCAN_SUFFIXES
 
 
 def find_scans(paths: Iterable[Path]) -> list[Path]:
@@ -33,20 +33,3 @@ def _is_dicom(file: Path) -> bool:
         return False
     with file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
-
-
-def output_names(scans: Iterable[Path]) -> list[str]:
-    """A name for each scan's results: that of its file or folder, without the suffix.
-
-    Scans of one name get the folder's name in front, and if need be a number behind.
-    """
-    scans = [scan.absolute() for scan in scans]
-    stems = [scan_stem(scan) for scan in scans]
-    names = []
-    for scan, stem in zip(scans, stems, strict=True):
-        name = base = stem if stems.count(stem) == 1 else f"{scan.parent.name}_{stem}"
-        number = 2
-        while name in names:
-            name, number = f"{base}_{number}", number + 1
-        names.append(name)
-    return names

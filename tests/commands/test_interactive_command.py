@@ -167,7 +167,7 @@ def test_published_weights_predict_without_a_checkpoint_of_ours(
     words = ["--model", "sam-med3d", "--sam_model", "vit_tiny", "--predict", scan]
     words += ["--sam_weight", tmp_path / "turbo.pth", "--output_dir", tmp_path]
     run(usam_py, *words, "--box", -10, 10, 6, -20, 30, 30, "--mm")
-    assert "points, 1 windows" in capsys.readouterr().out
+    assert "0 points, 1 window" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "scan_seg.json").read_text(encoding="utf-8"))["objects"]
     assert row["box"] == "given to the model"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataset import DATASETS
-from dataset.scans.find import find_scans, output_names
+from dataset.scans.find import find_scans
 from tests.conftest import ROOT
 from tests.helpers.oracle import (
     DEPTH,
@@ -28,6 +28,7 @@ from tests.helpers.oracle import (
 )
 from usam.cli.flags import parse_flags
 from usam.models.usam import build_usam
+from usam.prediction.results import result_names
 from usam.training import checkpoint
 
 ON_CPU = ("--device", "cpu", "--amp", "off")
@@ -74,7 +75,7 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 3 and "bad.nii.gz" in done.stderr and "none.nii: no such" in done.stderr
-    assert errors[-1].endswith("2 of 4 scans were not segmented, see above")
+    assert errors[-1].endswith("2 of 4 scans were not segmented; see the errors above")
     assert "Traceback" not in done.stderr
     names = [f"{n}_{end}" for n in "ab" for end in ("overlay.png", "seg.json", "seg.nii.gz")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -145,7 +146,7 @@ def test_a_prompted_model_says_so_and_takes_prompts(tmp_path, tiny, command):
     command(*words, "--point", 3, 4, 2, "--box", 1, 2, 8, 9, "--slice", 2)
     told = json.loads((tmp_path / "out" / "a_seg.json").read_text(encoding="utf-8"))
     assert told["prompted_slices"] == [2]
-    with pytest.raises(ValueError, match="--box and --point mark one scan"):
+    with pytest.raises(ValueError, match="--point is for one scan, --predict names 2"):
         command(*words[:2], scan, *words[2:], "--point", 3, 4, 2)
 
 
@@ -183,7 +184,7 @@ def test_folders_name_series_or_the_scans_in_them(tmp_path):
 
 def test_results_of_scans_with_one_name_stay_apart():
     scans = [Path(p) for p in ("/x/1/ct.nii.gz", "/x/2/ct.nii.gz", "/y/2/ct.nii", "/x/mr.nii")]
-    assert output_names(scans) == ["1_ct", "2_ct", "2_ct_2", "mr"]
+    assert result_names(scans) == ["1_ct", "2_ct", "2_ct_2", "mr"]
 
 
 def test_real_dicom_and_nifti_of_one_series_agree(tmp_path, shared_data, tiny, command):

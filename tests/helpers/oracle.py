@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dataset.scans.slices import ScanSlices
 from usam.prediction.prompts import ScanPrompts
-from usam.prediction.slices import Predictor, predict_scans
+from usam.prediction.results import ResultFiles
+from usam.prediction.slices import Predictor, predict_scan
 from usam.runtime.precision import Precision
 
 SIDE, DEPTH = 12, 7
@@ -110,13 +111,12 @@ def predict(
     **how: object,
 ) -> nib.Nifti1Image:
     """The label map that the scan's prediction leaves behind."""
-    failed = predict_scans(
-        [(scan, "out")], folder, Predictor(model, CPU, data, batch_size=3, **how),
-        open_scan=lambda path: ScanSlices(path, data, window=window),
-        prompts_for=lambda path: prompts or ScanPrompts(), facts={"checkpoint": "best.pth"},
+    folder.mkdir(parents=True, exist_ok=True)
+    predict_scan(
+        ScanSlices(scan, data, window=window), ResultFiles(folder, "out"),
+        Predictor(model, CPU, data, batch_size=3, **how), prompts=prompts or ScanPrompts(),
+        facts={"checkpoint": "best.pth", "model": "oracle"},
     )  # fmt: skip
-    if failed:
-        raise failed[0][1]
     return nib.load(folder / "out_seg.nii.gz")
 
 

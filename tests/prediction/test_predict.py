@@ -26,8 +26,9 @@ from tests.helpers.oracle import (
     turned,
     write,
 )
-from usam.prediction.output import count_voxels, keep_largest
-from usam.prediction.slices import prepared, to_native
+from usam.prediction.overlay import spread_slices
+from usam.prediction.results import count_voxels
+from usam.prediction.slices import keep_largest, prepared, to_native
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -171,22 +172,36 @@ def test_the_largest_piece_of_each_class_is_kept():
 
 
 def test_a_montage_spreads_over_the_foreground_and_shows_most_of_it(tmp_path, monkeypatch):
-    from usam.prediction import output as scan_output
+    from usam.prediction import slices
 
-    seen = []
+    drawn = []
     monkeypatch.setattr(
-        scan_output, "save_montage", lambda path, numbers, *_, **how: seen.append((numbers, how))
+        slices, "save_montage", lambda path, panels, **how: drawn.append(panels) or path.touch()
     )
     label = np.zeros((SIDE, SIDE, 14), dtype=np.uint8)
     for k, size in enumerate([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0]):
         label[:size, 5, k] = 1
     scan = write(tmp_path / "a.nii", coded(label), lps_affine((2.0, 3.0, 1.0)))
     predict(scan, tmp_path / "out", Oracle(2), data_of(2), overlay=True)
-    predict(write(tmp_path / "a.nii", coded(0 * label), lps_affine()), tmp_path / "out", Oracle(2),
+    assert [panel.title for panel in drawn[0]] == [
+        f"slice {k}" for k in (2, 4, 6, 7, 8, 9, 10, 11, 12)
+    ]
+    assert drawn[0][0].aspect == pytest.approx(1.5)
+    np.testing.assert_array_equal(drawn[0][0].labels, label[:, :, 2].T)
+    predict(write(tmp_path / "b.nii", coded(0 * label), lps_affine()), tmp_path / "out", Oracle(2),
             data_of(2, orientation="stored"), overlay=True)  # fmt: skip
-    assert seen[0][0] == [2, 4, 6, 7, 8, 9, 10, 11, 12]
-    assert seen[0][1]["aspect"] == pytest.approx(1.5)
-    assert seen[1][0] == [7] and seen[1][1]["transpose"]
+    assert [panel.title for panel in drawn[1]] == ["slice 7"]
+    np.testing.assert_array_equal(drawn[1][0].labels, 0 * label[:, :, 7].T)
+
+
+def test_slices_with_prompts_are_drawn_and_look_alikes_are_not():
+    foreground = np.zeros(140, dtype=int)
+    foreground[72:140] = 100
+    foreground[[90, 91]] = 200  # in two neighbouring ninths: the better of each
+    chosen = spread_slices(foreground)
+    assert len(chosen) == 9 and min(np.diff(chosen)) >= 5
+    assert 80 in spread_slices(foreground, wanted=[80])
+    assert set(range(20)) <= set(spread_slices(foreground, wanted=range(20)))
 
 
 def test_batches_are_in_order_and_prepared_only_a_little_ahead():

@@ -6,6 +6,8 @@ What is tested is geometry: which windows are opened, what they are told and how
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from dataset.crops import click_origin, crop_at
+from dataset.scans.grid import Grid
+from dataset.scans.header import ScanHeader
+from dataset.scans.volumes import ScanVolume
 from usam.evaluation.clicks import (
     Item,
     evaluate_objects,
@@ -24,14 +28,16 @@ from usam.evaluation.clicks import (
 )
 from usam.evaluation.surfaces import surface_dice
 from usam.models.sam_med3d import build_sam_med3d
-from usam.prediction.volumes import (
+from usam.prediction.prompts import (
     ObjectPrompts,
     VolumePrompts,
-    prompts3d_from_flags,
-    read_prompts3d,
-    segment,
+    read_prompts,
+    volume_prompts,
+    volume_prompts_of,
 )
-from usam.prediction.windows import Encoder, Session, deepest_of_pieces, window_weight
+from usam.prediction.volume_prompts import marked
+from usam.prediction.volumes import segment_objects
+from usam.prediction.windows import EmbeddingCache, Session, deepest_of_pieces, window_weight
 from usam.runtime.precision import Precision
 
 CPU = Precision(torch.device("cpu"), None)
@@ -56,7 +62,7 @@ class Oracle:
 
     def decode(self, embedding: Tensor, points, mask: Tensor, *, boxes=None) -> Tensor:
         self.boxes.append(boxes)
-        pieces, _ = ndimage.label(embedding[0, 0].numpy() > 0.5)
+        pieces, _ = ndimage.label(embedding[0, 0].numpy() > -0.5)  # of crops, normalised
         chosen = set(np.unique(pieces[self.upscale(mask)[0, 0].numpy() > 0]))
         if points is not None:
             for voxel, sign in zip(*(part[0].tolist() for part in points), strict=True):
@@ -69,11 +75,8 @@ class Oracle:
         return F.interpolate(logits, size=3 * [SIDE], mode="nearest")
 
 
-def encoder_of(image: np.ndarray, model: Oracle | None = None) -> Encoder:
-    def read(origin, side):
-        return torch.from_numpy(crop_at(image, origin, side)).float()[None, None]
-
-    return Encoder(model or Oracle(), image.shape, read=read, precision=CPU)
+def cache_of(image: np.ndarray, model: Oracle | None = None) -> EmbeddingCache:
+    return EmbeddingCache(model or Oracle(), image, CPU)
 
 
 def dice(found: np.ndarray, truth: np.ndarray) -> float:
@@ -83,7 +86,7 @@ def dice(found: np.ndarray, truth: np.ndarray) -> float:
 @pytest.fixture
 def tube() -> np.ndarray:
     """A tube of 8 x 8 voxels, bent once, five windows long; beside it a separate ball."""
-    image = np.zeros((48, 96, 160), dtype=np.int16)
+    image = np.full((48, 96, 160), -1, dtype=np.int16)
     image[16:24, 16:24, 8:152] = 1
     image[16:24, 16:88, 144:152] = 1
     image[36:44, 60:68, 40:48] = 1
@@ -97,7 +100,7 @@ def small_tube(tube) -> np.ndarray:
 
 
 def test_windows_grow_along_an_object_far_longer_than_one(tube) -> None:
-    session = Session(encoder_of(tube))
+    session = Session(cache_of(tube))
     session.click((20, 20, 12), 1)
     truth = tube > 0
     truth[36:44] = False
@@ -107,7 +110,7 @@ def test_windows_grow_along_an_object_far_longer_than_one(tube) -> None:
 
 
 def test_an_object_inside_one_window_takes_one(tube) -> None:
-    session = Session(encoder_of(tube))
+    session = Session(cache_of(tube))
     session.click((40, 64, 44), 1)
     found = (session.logits > 0).numpy()
     assert session.num_windows == 1
@@ -115,7 +118,7 @@ def test_an_object_inside_one_window_takes_one(tube) -> None:
 
 
 def test_growth_stops_at_the_end_of_the_volume() -> None:
-    session = Session(encoder_of(np.ones((40, 40, 40), dtype=np.int16)))
+    session = Session(cache_of(np.ones((40, 40, 40), dtype=np.int16)))
     session.click((20, 20, 20), 1)
     assert (session.logits > 0).all()
     assert not session.stopped_early
@@ -123,13 +126,13 @@ def test_growth_stops_at_the_end_of_the_volume() -> None:
 
 def test_growth_has_a_limit_and_says_so(tube, monkeypatch) -> None:
     monkeypatch.setattr("usam.prediction.windows.MAX_WINDOWS", 2)
-    session = Session(encoder_of(tube))
+    session = Session(cache_of(tube))
     session.click((20, 20, 12), 1)
     assert session.num_windows == 3 and session.stopped_early
 
 
 def test_a_negative_click_takes_back_what_grew_from_a_leak(tube) -> None:
-    session = Session(encoder_of(tube))
+    session = Session(cache_of(tube))
     session.click((20, 20, 12), 1)
     session.click((20, 20, 14), 0)
     assert not (session.logits > 0).any()
@@ -137,7 +140,7 @@ def test_a_negative_click_takes_back_what_grew_from_a_leak(tube) -> None:
 
 
 def test_a_click_outside_every_window_opens_one(tube) -> None:
-    session = Session(encoder_of(tube))
+    session = Session(cache_of(tube))
     session.click((40, 64, 44), 1)
     session.click((20, 84, 148), 1)
     found = (session.logits > 0).numpy()
@@ -146,17 +149,17 @@ def test_a_click_outside_every_window_opens_one(tube) -> None:
 
 def test_each_window_is_encoded_once_for_all_clicks_and_objects(tube) -> None:
     model = Oracle()
-    encoder = encoder_of(tube, model)
-    Session(encoder).click((20, 20, 12), 1)
+    cache = cache_of(tube, model)
+    Session(cache).click((20, 20, 12), 1)
     first = model.encoded
-    again = Session(encoder)
+    again = Session(cache)
     again.click((20, 20, 12), 1)
     again.click((20, 20, 13), 1)
     assert model.encoded == first
 
 
 def test_untouched_places_are_far_below_the_threshold(tube) -> None:
-    session = Session(encoder_of(tube))
+    session = Session(cache_of(tube))
     session.click((40, 64, 44), 1)
     assert session.logits[0, 0, 159] == -30
 
@@ -164,7 +167,7 @@ def test_untouched_places_are_far_below_the_threshold(tube) -> None:
 def test_a_given_mask_alone_is_an_answer_and_grows(tube) -> None:
     known = torch.zeros(tube.shape, dtype=torch.bool)
     known[16:24, 16:24, 12:20] = True
-    session = Session(encoder_of(tube), known)
+    session = Session(cache_of(tube), known)
     session.look((4, 4, 0))
     assert (session.logits > 0)[20, 20, 140]
 
@@ -184,10 +187,11 @@ def test_deepest_of_pieces_are_in_their_middles_largest_first() -> None:
 # ------------------------------------------------------------------ prediction
 
 
-def run(image, prompts, **how):
-    encoder = how.pop("encoder", None) or encoder_of(image)
-    how = {"to_voxels": lambda points: np.rint(points).astype(int), "place": click_origin} | how
-    return segment(encoder, prompts, **how)
+def run(image, prompts, *, cache=None, init_mask=None):
+    affine = np.diag([1.5, 1.5, 1.5, 1])  # the file's voxels are the volume's
+    scan = ScanVolume(image, Grid(ScanHeader(Path("a"), "nifti", image.shape, 1, "int16", affine)))
+    objects = [marked(one, scan, mm=prompts.mm) for one in prompts.objects]
+    return segment_objects(cache or cache_of(image), objects, init_mask)
 
 
 def test_objects_keep_their_own_labels(tube) -> None:
@@ -202,16 +206,16 @@ def test_objects_keep_their_own_labels(tube) -> None:
     assert rows[0]["windows"] > 4 and rows[1]["windows"] == 1
 
 
-def test_a_box_is_clicked_in_its_centre_where_the_model_knows_no_boxes(tube) -> None:
-    prompts = prompts3d_from_flags(None, [[36, 60, 40, 43, 67, 47]])
+def test_a_box_is_clicked_in_its_centre_where_the_model_takes_no_boxes(tube) -> None:
+    prompts = volume_prompts(None, [[36, 60, 40, 43, 67, 47]])
     label, rows = run(tube, prompts)
-    assert label.sum() == 8**3 and "centre was clicked" in rows[0]["box"]
+    assert label.sum() == 8**3 and rows[0]["box"] == "centre clicked"
 
 
-def test_a_box_reaches_a_model_that_knows_boxes(tube) -> None:
+def test_a_box_reaches_a_model_that_takes_boxes(tube) -> None:
     model = Oracle(num_point_embeddings=4)
-    prompts = prompts3d_from_flags(None, [[36, 60, 40, 43, 67, 47]])
-    _, rows = run(tube, prompts, encoder=encoder_of(tube, model))
+    prompts = volume_prompts(None, [[36, 60, 40, 43, 67, 47]])
+    _, rows = run(tube, prompts, cache=cache_of(tube, model))
     box = next(box for box in model.boxes if box is not None)
     assert box.tolist() == [[[13, 13, 13], [20, 20, 20]]]  # the window is centred on (39, 63, 43)
     assert rows[0]["box"] == "given to the model"
@@ -235,23 +239,25 @@ def test_a_mask_is_refined_by_its_own_label(tube) -> None:
 def test_an_object_without_a_start_is_an_error(tube, objects, text) -> None:
     with pytest.raises(ValueError, match=text):
         run(tube, VolumePrompts(objects))
-    with pytest.raises(ValueError, match="--init_mask has no label 1"):
+    with pytest.raises(ValueError, match="--init_mask has no label 1 .liver., its labels are: no"):
         run(tube, VolumePrompts(objects), init_mask=np.zeros(tube.shape, dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("[]", "wanted"),
+        ("[]", "expected"),
+        ('{"objects": [{}], "mm": "false"}', '"mm" must be true or false'),
+        ('{"objects": [{"label": 1, "label": 2}]}', "'label' is given twice"),
         ('{"objects": []}', "at least one"),
         ('{"objects": [{"points": [[1, 2]]}]}', "x y z or x y z label"),
         ('{"objects": [{"points": [[1, 2, 3, 5]]}]}', "label is 1"),
-        ('{"objects": [{"points": [[1, 2, NaN]]}]}', "x y z"),
+        ('{"objects": [{"points": [[1, 2, NaN]]}]}', "NaN is not a number"),
         ('{"objects": [{"label": 0}]}', "from 1 to 255"),
         ('{"objects": [{"lable": 1}]}', "an object has box, label, name, points"),
         ('{"objects": [{"name": "a"}, {"name": "a"}]}', "name 'a'"),
         ('{"objects": [{"name": "a", "label": 2}, {"name": "b"}]}', "label 2"),
-        ('{"scans": {"other.nii.gz": {}}}', "names no scan"),
+        ('{"scans": {"other.nii.gz": {}}}', "has prompts for 'other.nii.gz'"),
         ("{", "line 1"),
     ],
 )
@@ -259,8 +265,13 @@ def test_bad_prompt_files_are_named_in_one_line(tmp_path, content, text) -> None
     path = tmp_path / "prompts.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=text) as caught:
-        read_prompts3d(path, "scan.nii.gz")
+        from_file(path, "scan.nii.gz")
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def from_file(path, name):
+    scan = Path(name)
+    return volume_prompts_of(Namespace(prompts=path), read_prompts(path, [scan]), scan)
 
 
 def test_prompt_files_name_objects(tmp_path) -> None:
@@ -270,7 +281,7 @@ def test_prompt_files_name_objects(tmp_path) -> None:
     path.write_text(
         json.dumps({"scans": {"a.nii": {"objects": [one, two], "mm": True}}}), encoding="utf-8"
     )
-    prompts = read_prompts3d(path, "a.nii")
+    prompts = from_file(path, "a.nii")
     assert prompts.mm
     assert prompts.objects[0] == ObjectPrompts("aorta", 1, ((1, 2, 3, 1), (4, 5, 6, 0)))
     assert prompts.objects[1] == ObjectPrompts("heart", 9, (), (1, 2, 3, 4, 5, 6))
@@ -298,7 +309,7 @@ def test_a_simulated_user_leads_the_oracle_to_the_object(small_tube, largest) ->
     truth = small_tube > 0
     scores = [
         dice((x > 0).numpy(), truth)
-        for _, x in simulated_clicks(encoder_of(small_tube), truth, generator)
+        for _, x in simulated_clicks(cache_of(small_tube), truth, generator)
     ]
     assert len(scores) == 10 and scores[-1] > 0.95
     assert scores[0] < 1 and scores[-1] >= scores[0]
@@ -310,7 +321,7 @@ def test_failed_objects_count_as_zero_and_are_listed(small_tube, tmp_path) -> No
     def open_case(number):
         if number:
             raise OSError("b cannot be read")
-        return encoder_of(small_tube), (small_tube > 0).astype(np.uint8)
+        return cache_of(small_tube), (small_tube > 0).astype(np.uint8)
 
     scores, failed = evaluate_objects(items, open_case, largest=True, spacing=1.5, seed=1)
     assert scores.shape == (3, 4, 2) and failed == items[1:]

@@ -22,7 +22,7 @@ from usam.evaluation.case_metrics import Part, Row, mean_row, score_case
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.pixels import count_pixels
 from usam.evaluation.surfaces import require_monai
-from usam.prediction.output import class_colors
+from usam.prediction.overlay import class_colors
 from usam.prediction.slices import to_native
 from usam.runtime.figures import save_overlay
 from usam.runtime.loaders import Batch, loader_for

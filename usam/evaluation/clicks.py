@@ -20,13 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import VolumeStore, build_volumes
-from dataset.crops import crop_reader
 from dataset.files import atomic_write, write_json
 from dataset.scans.grid import SPACING
 from usam.evaluation.surfaces import surface_dice
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
-from usam.prediction.windows import Encoder, Session
+from usam.prediction.windows import EmbeddingCache, Session
 from usam.runtime.figures import save_figure
 from usam.runtime.loaders import Batch
 from usam.runtime.precision import Precision
@@ -36,7 +35,7 @@ from usam.runtime.progress import progress_bar
 NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored
 TOLERANCE = 1.0  # mm, of the NSD
 SCORES = ("dice", "nsd")
-OpenCase = Callable[[int], tuple[Encoder, np.ndarray]]
+OpenCase = Callable[[int], tuple[EmbeddingCache, np.ndarray]]
 
 
 Normalise = Callable[[Tensor], Tensor]
@@ -63,9 +62,9 @@ def evaluate(args: Namespace, precision: Precision, model: SamMed3d, store: Volu
         for number, label in data.objects
     ]
 
-    def open_case(number: int) -> tuple[Encoder, np.ndarray]:
+    def open_case(number: int) -> tuple[EmbeddingCache, np.ndarray]:
         image, label = store.read(number)
-        return Encoder(model, image.shape, read=crop_reader(image), precision=precision), label
+        return EmbeddingCache(model, image, precision), label
 
     scores, failed = evaluate_objects(
         items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
@@ -88,23 +87,23 @@ def evaluate_objects(
 ) -> tuple[np.ndarray, list[Item]]:
     """Scores (objects, clicks, 2) of all processes, and the objects that failed, scored 0.
 
-    open_case: a case's number -> encoder of its volume and its label map (X, Y, Z). Clicks are
+    open_case: a case's number -> embeddings of its volume and its label map (X, Y, Z). Clicks are
     drawn from all errors, or set in the middle of the largest; the same for every model. The last
     axis is Dice and NSD at 1 mm; the second counts NUM_CLICKS clicks. A failure is told as it
     happens and never ends the evaluation.
     """
     scores = torch.zeros(len(items), len(NUM_CLICKS), len(SCORES), dtype=torch.float64)
     failed = torch.zeros(len(items), dtype=torch.float64)
-    opened: tuple[int, tuple[Encoder, np.ndarray]] | None = None
+    opened: tuple[int, tuple[EmbeddingCache, np.ndarray]] | None = None
     numbers = range(rank(), len(items), world_size())
     for number in progress_bar(numbers, desc="evaluating"):
         item = items[number]
         try:
             if opened is None or opened[0] != item.case:
                 opened = item.case, open_case(item.case)
-            encoder, label = opened[1]
+            cache, label = opened[1]
             generator = None if largest else click_generator(seed, f"{item.case_id}:{item.name}")
-            scores[number] = _score_object(encoder, label == item.label, generator, spacing)
+            scores[number] = _score_object(cache, label == item.label, generator, spacing)
         except (ValueError, OSError, RuntimeError) as error:
             scores[number], failed[number] = 0, 1
             tqdm.write(f"{item.case_id}, {item.name}: scored 0: {error}", file=sys.stderr)
@@ -113,11 +112,11 @@ def evaluate_objects(
 
 
 def _score_object(
-    encoder: Encoder, truth: np.ndarray, generator: torch.Generator | None, spacing: float
+    cache: EmbeddingCache, truth: np.ndarray, generator: torch.Generator | None, spacing: float
 ) -> Tensor:
     """Dice and NSD (clicks, 2) of one object after NUM_CLICKS clicks."""
     rows = []
-    for number, logits in simulated_clicks(encoder, truth, generator):
+    for number, logits in simulated_clicks(cache, truth, generator):
         if number not in NUM_CLICKS:
             continue
         if not bool(logits.isfinite().all()):
@@ -130,7 +129,7 @@ def _score_object(
 
 
 def simulated_clicks(
-    encoder: Encoder, truth: np.ndarray, generator: torch.Generator | None
+    cache: EmbeddingCache, truth: np.ndarray, generator: torch.Generator | None
 ) -> Iterator[tuple[int, Tensor]]:
     """Number of clicks so far and logits (X, Y, Z) of the whole volume, 10 times.
 
@@ -139,8 +138,8 @@ def simulated_clicks(
     """
     if not truth.any():
         raise ValueError("the object has no voxel in this volume")
-    session, mask = Session(encoder), torch.from_numpy(truth)[None, None]
-    mask = mask.to(encoder.precision.device)
+    session, mask = Session(cache), torch.from_numpy(truth)[None, None]
+    mask = mask.to(cache.precision.device)
     logits = torch.zeros(mask.shape, device=mask.device)
     for number in range(1, max(NUM_CLICKS) + 1):
         if generator is not None:

@@ -14,7 +14,7 @@ from usam.evaluation.cases import evaluate_cases
 from usam.evaluation.merge import FOLDERS, check_output, merged
 from usam.evaluation.pixels import predictions
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
-from usam.prediction.output import class_colors
+from usam.prediction.overlay import class_colors
 from usam.runtime import processes
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision

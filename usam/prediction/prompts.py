@@ -1,76 +1,40 @@
-"""Boxes and points that a user gives for a scan, from flags or a JSON file.
+"""Points and boxes that a user gives for scans, from flags or a file, for both systems.
 
-u-sam.py reads them; usam.predict turns them into what U-SAM takes slice by slice. Frames: a point
-is (x, y, z), the voxel's indices along the three axes of the file as stored, from 0, or with mm
-scanner coordinates in millimetres, RAS as in NIfTI and 3D Slicer. A box is (x1, y1, x2, y2) on one
-slice: indices of its first and last voxel along the two axes of the file that lie in the slice, in
-the order of the file, and its slice is the index along the third, the axis nearest to head-feet.
-For a scan stored slice by slice that is columns, rows and the slice's number.
+Frames: a point is (x, y, z), indices of a voxel along the three axes of the file as stored, from
+0, or with mm scanner coordinates in millimetres, RAS as in NIfTI and 3D Slicer. For U-SAM a box is
+(x1, y1, x2, y2) on one slice: indices of its first and last voxel along the two axes of the file
+that lie in the slice, in the order of the file; its slice is the index along the third, the axis
+nearest to head-feet. For SAM-Med3D a box is (x1, y1, z1, x2, y2, z2), in the frame of the points.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from usam.cli.choices import MIXED, PROMPT_MODES
+from dataset.text import counted
 
 MAX_JSON_BYTES = 64 << 20
-NOT_A_POINT = -1
-POINTS_PER_CLASS = 3  # in training
-OUTSIDE_CROP = "lies in the rim of the slice that the model never sees"
+MAX_INDEX = 2**31
+OBJECT_KEYS = {"name", "label", "points", "box"}
 
-
-class PreparedScan(Protocol):
-    """What dataset.scan_slices.ScanSlices offers; stated here because usam imports no dataset.
-
-    header: path, format, shape (I, J, K) and affine, voxel index of the file -> RAS mm, or None.
-    shape: (S, H, W) of the slices at native size; box: (y0, y1, x0, x1), the part of them that the
-    model sees; slice_axis: the file's axis that runs through them; window: what became 0 and 255;
-    pixel_aspect: height of an upright slice's pixel over its width.
-    """
-
-    header: Any
-    shape: tuple[int, int, int]
-    box: tuple[int, int, int, int]
-    slice_axis: int
-    img_size: int
-    window: Any
-    pixel_aspect: float
-
-    def __len__(self) -> int:
-        """How many slices there are."""
-
-    def plane(self, k: int) -> np.ndarray:
-        """Slice k, windowed: uint8 (H, W)."""
-
-    def model_input(self, k: int) -> np.ndarray:
-        """Slice k for the model: uint8 (C, img_size, img_size)."""
-
-    def canonical(self, array: np.ndarray) -> np.ndarray:
-        """An array (I, J, K) as slices (S, H, W), a view."""
-
-    def locate(self, voxels: np.ndarray) -> np.ndarray:
-        """Voxels (P, 3) of the file -> (slice, row, column) (P, 3)."""
+Point = tuple[float, float, float, int]
 
 
 @dataclass(frozen=True)
 class ScanPrompts:
-    """What a user marked in one scan; frames as in this module's docstring.
+    """What a user marked in one scan for U-SAM; frames as in this module's docstring.
 
     points: (x, y, z, label), label 1 object or 0 background. boxes: (slice, x1, y1, x2, y2), slice
     None where the scan has only one. mm: points are in millimetres, boxes never.
     """
 
-    points: tuple[tuple[float, float, float, int], ...] = ()
+    points: tuple[Point, ...] = ()
     boxes: tuple[tuple[int | None, float, float, float, float], ...] = ()
     mm: bool = False
 
@@ -78,24 +42,58 @@ class ScanPrompts:
         return bool(self.points or self.boxes)
 
 
-def point_voxels(prompts: ScanPrompts, affine: np.ndarray | None, source: Path) -> np.ndarray:
-    """The points as voxel indices (P, 3) float along the axes of the file.
+@dataclass(frozen=True)
+class ObjectPrompts:
+    """What a user marked of one object, which becomes `label` in the label map."""
 
-    affine (4, 4): voxel index -> RAS mm. Raises ValueError for mm without an affine.
+    name: str = "object"
+    label: int = 1
+    points: tuple[Point, ...] = ()
+    box: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class VolumePrompts:
+    """The objects wanted in one scan for SAM-Med3D; mm: points and boxes are in millimetres."""
+
+    objects: tuple[ObjectPrompts, ...]
+    mm: bool = False
+
+
+# ------------------------------------------------------------------ of one scan
+
+
+def slice_prompts_of(
+    args: Namespace, contents: Mapping[Path, Any] | None, scan: Path
+) -> ScanPrompts:
+    """The prompts of a scan for U-SAM: its part of the file (`read_prompts`), else the flags.
+
+    Raises ValueError for wrong counts and values.
     """
-    points = np.array([point[:3] for point in prompts.points], dtype=np.float64).reshape(-1, 3)
-    if not prompts.mm:
-        return points
-    if affine is None:
-        raise ValueError(f"{source}: has no scanner coordinates; give points as voxels")
-    inverse = np.linalg.inv(affine)
-    return points @ inverse[:3, :3].T + inverse[:3, 3]
+    if contents is None:
+        return scan_prompts(args.point, args.box, args.slice, mm=args.mm)
+    return _of_file(_scan_prompts, contents, scan, args.prompts)
 
 
-# ------------------------------------------------------------------ reading them
+def volume_prompts_of(
+    args: Namespace, contents: Mapping[Path, Any] | None, scan: Path
+) -> VolumePrompts:
+    """The prompts of a scan for SAM-Med3D; see `slice_prompts_of`."""
+    if contents is None:
+        return volume_prompts(args.point, args.box, mm=args.mm)
+    return _of_file(_volume_prompts, contents, scan, args.prompts)
 
 
-def prompts_from_flags(
+def _of_file(convert: Any, contents: Mapping[Path, Any], scan: Path, source: Path) -> Any:
+    if scan not in contents:
+        raise ValueError(f"{source}: has no prompts for the scan {scan.name!r}")
+    try:
+        return convert(contents[scan])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def scan_prompts(
     points: Sequence[Sequence[float]] | None,
     boxes: Sequence[Sequence[float]] | None,
     slices: Sequence[int] | None,
@@ -112,36 +110,110 @@ def prompts_from_flags(
     numbers = slices or [None] * len(boxes)
     return ScanPrompts(
         points=tuple(_point(point) for point in points or []),
-        boxes=tuple(_box(k, box) for k, box in zip(numbers, boxes, strict=True)),
+        boxes=tuple(_slice_box(k, box) for k, box in zip(numbers, boxes, strict=True)),
         mm=mm,
     )
 
 
-def read_prompts(path: Path, name: str) -> ScanPrompts:
-    """The prompts for the scan `name` (its file's name) in a JSON file.
+def volume_prompts(
+    points: Sequence[Sequence[float]] | None,
+    boxes: Sequence[Sequence[float]] | None,
+    *,
+    mm: bool = False,
+) -> VolumePrompts:
+    """One object from --point x y z [label], --box x1 y1 z1 x2 y2 z2 and --mm.
 
-    {"points": [[x, y, z], [x, y, z, label]], "boxes": [{"slice": k, "box": [x1, y1, x2, y2]}],
-    "mm": false} for one scan, or {"scans": {NAME: {...}, ...}} for many. Raises FileNotFoundError
-    and ValueError for anything else, and for a scan that the file does not name.
+    Raises ValueError for several boxes, wrong counts and values.
     """
+    if boxes and len(boxes) > 1:
+        raise ValueError(f"{len(boxes)} --box for one object; give several objects with --prompts")
+    one = {"points": list(points or [])} | ({"box": boxes[0]} if boxes else {})
+    return VolumePrompts((_object(one, 1),), mm)
+
+
+# ------------------------------------------------------------------ a file of prompts
+
+
+def read_prompts(path: Path, scans: Sequence[Path]) -> dict[Path, Any]:
+    """The JSON content of a file of prompts for each of `scans` that it has some for.
+
+    For one scan the file is {"points": [[x, y, z], [x, y, z, label]], "boxes": [{"slice": k,
+    "box": [x1, y1, x2, y2]}], "mm": false}, or for SAM-Med3D {"objects": [{"name": "liver",
+    "label": 1, "points": [...], "box": [...]}], "mm": false}; for several, {"scans": {NAME: {...},
+    ...}}, where NAME is the scan's file name, with folders in front if two scans share it.
+    Raises FileNotFoundError and ValueError, with one line, for anything else, for a NAME that is
+    not among `scans` or fits two of them, and for one scan's prompts where `scans` are several.
+    """
+    content = _read_json(path)
+    if not (isinstance(content, dict) and isinstance(content.get("scans"), dict)):
+        if len(scans) > 1:
+            raise ValueError(
+                f"{path}: holds prompts of one scan, --predict names {len(scans)}; write "
+                '{"scans": {"FILE NAME": {...}, ...}}'
+            )
+        return dict.fromkeys(scans, content)
+    if content.keys() != {"scans"}:
+        other = next(key for key in content if key != "scans")
+        raise ValueError(f'{path}: {other!r:.80} beside "scans"; move it into each scan')
+    found: dict[Path, Any] = {}
+    for name, prompts in content["scans"].items():
+        scan = _named(name, scans, path)
+        if scan in found:
+            raise ValueError(f"{path}: names {scan.name} twice, the second time as {name!r:.80}")
+        found[scan] = prompts
+    return found
+
+
+def _named(name: str, scans: Sequence[Path], source: Path) -> Path:
+    """The scan that `name`, a file name with or without folders in front, belongs to."""
+    parts = Path(name).parts
+    fitting = [scan for scan in scans if scan.absolute().parts[-len(parts) :] == parts]
+    if not parts or not fitting:
+        raise ValueError(
+            f"{source}: has prompts for {name!r:.80}, which is not among the "
+            f"{counted(len(scans), 'scan')} of --predict"
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{source}: {name!r:.80} fits {counted(len(fitting), 'scan')}, {fitting[0]} and "
+            f"{fitting[1]}; write the folder in front of the name"
+        )
+    return fitting[0]
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError for names given twice, NaN and infinities as well."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of prompts")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a list of prompts")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("scans"), dict):
-            content = content["scans"].get(name)
-            if content is None:
-                raise ValueError(f"names no scan {name!r}")
-        return _from_json(content)
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_no_number
+        )
     except (ValueError, RecursionError) as error:  # JSON's and Unicode's own errors among them
         raise ValueError(f"{path}: {error}") from None
 
 
-def _from_json(content: Any) -> ScanPrompts:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r:.80} is given twice")
+        found[name] = value
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not a number")
+
+
+# ------------------------------------------------------------------ values
+
+
+def _scan_prompts(content: Any) -> ScanPrompts:
     if not isinstance(content, dict) or not content.keys() <= {"points", "boxes", "mm"}:
-        raise ValueError('wanted an object with "points", "boxes" and "mm"')
+        raise ValueError('expected an object with "points", "boxes" and "mm"')
     points, boxes = content.get("points", []), content.get("boxes", [])
     if not isinstance(points, list) or not isinstance(boxes, list):
         raise ValueError('"points" and "boxes" must be lists')
@@ -150,154 +222,82 @@ def _from_json(content: Any) -> ScanPrompts:
             raise ValueError(f'a box is {{"slice": k, "box": [x1, y1, x2, y2]}}, found {box!r:.80}')
     return ScanPrompts(
         points=tuple(_point(point) for point in points),
-        boxes=tuple(_box(box.get("slice"), box["box"]) for box in boxes),
-        mm=bool(content.get("mm", False)),
+        boxes=tuple(_slice_box(box.get("slice"), box["box"]) for box in boxes),
+        mm=_in_mm(content),
     )
 
 
-def _numbers(values: Any, counts: tuple[int, ...], wanted: str) -> list[float]:
-    is_list = isinstance(values, list | tuple) and len(values) in counts
-    if not is_list or not all(
-        isinstance(value, int | float) and math.isfinite(value) for value in values
-    ):
-        raise ValueError(f"{wanted}, found {values!r:.80}")
-    return [float(value) for value in values]
+def _volume_prompts(content: Any) -> VolumePrompts:
+    if not isinstance(content, dict) or not {"objects"} <= content.keys() <= {"objects", "mm"}:
+        raise ValueError('expected {"objects": [...], "mm": false}')
+    if not isinstance(content["objects"], list) or not content["objects"]:
+        raise ValueError('"objects" must be a list of at least one object')
+    objects = tuple(_object(one, number) for number, one in enumerate(content["objects"], start=1))
+    for key in ("name", "label"):
+        values = [getattr(one, key) for one in objects]
+        double = [value for value in values if values.count(value) > 1]
+        if double:
+            raise ValueError(f"two objects have the {key} {double[0]!r:.80}; each needs its own")
+    return VolumePrompts(objects, _in_mm(content))
 
 
-def _point(values: Any) -> tuple[float, float, float, int]:
-    x, y, z, label = [*_numbers(values, (3, 4), "a point is x y z [label]"), 1.0][:4]
-    if label not in (0, 1):
-        raise ValueError(f"a point's label is 1 (object) or 0 (background), found {label:g}")
-    return x, y, z, int(label)
+def _in_mm(content: Mapping[str, Any]) -> bool:
+    mm = content.get("mm", False)
+    if not isinstance(mm, bool):
+        raise ValueError(f'"mm" must be true or false, found {mm!r:.80}')
+    return mm
 
 
-def _box(number: Any, values: Any) -> tuple[int | None, float, float, float, float]:
+def _object(content: Any, number: int) -> ObjectPrompts:
+    if not isinstance(content, dict) or not content.keys() <= OBJECT_KEYS:
+        raise ValueError(f"an object has {', '.join(sorted(OBJECT_KEYS))}; found {content!r:.80}")
+    points, label = content.get("points", []), content.get("label", number)
+    name = content.get("name", "object" if number == 1 else f"object {number}")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"an object's name is a text, found {name!r:.80}")
+    if isinstance(label, bool) or not isinstance(label, int) or not 1 <= label <= 255:
+        raise ValueError(f"{name}: label {label!r:.80}; expected a whole number from 1 to 255")
+    if not isinstance(points, list):
+        raise ValueError(f"{name}: points must be a list of [x, y, z] or [x, y, z, label]")
+    box = content.get("box")
+    return ObjectPrompts(
+        name=name,
+        label=label,
+        points=tuple(_point(point) for point in points),
+        box=None if box is None else _numbers(box, (6,), "a box is x1 y1 z1 x2 y2 z2"),
+    )
+
+
+def _point(values: Any) -> Point:
+    x, y, z, *label = _numbers(values, (3, 4), "a point is x y z or x y z label")
+    if label and label[0] not in (0, 1):
+        raise ValueError(f"a point's label is 1 (object) or 0 (background), found {label[0]:g}")
+    return x, y, z, int(label[0]) if label else 1
+
+
+def _slice_box(number: Any, values: Any) -> tuple[int | None, float, float, float, float]:
     x1, y1, x2, y2 = _numbers(values, (4,), "a box is x1 y1 x2 y2")
     if x1 > x2 or y1 > y2:
-        raise ValueError(f"box {x1:g} {y1:g} {x2:g} {y2:g}: wanted x1 <= x2 and y1 <= y2")
-    if number is not None and not (isinstance(number, int) and number >= 0):
+        raise ValueError(f"box {x1:g} {y1:g} {x2:g} {y2:g}: expected x1 <= x2 and y1 <= y2")
+    is_index = type(number) is int and 0 <= number < MAX_INDEX
+    if number is not None and not is_index:
         raise ValueError(f"a slice is an index of 0 or more, found {number!r:.80}")
     return number, x1, y1, x2, y2
 
 
-# ------------------------------------------------------------------ for U-SAM, slice by slice
+def _numbers(values: Any, counts: tuple[int, ...], expected: str) -> tuple[float, ...]:
+    fits = isinstance(values, list | tuple) and len(values) in counts
+    numbers = tuple(map(_number, values)) if fits else ()
+    if not fits or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{expected}, found {values!r:.80}")
+    return numbers
 
 
-@dataclass(frozen=True)
-class SlicePrompts:
-    """What U-SAM is given for a scan, in pixels of its input, by slice; None: takes no prompts.
-
-    points: slice -> [(x, y, label), ...]; boxes: slice -> (x1, y1, x2, y2).
-    """
-
-    mode: int
-    size: int
-    points: Mapping[int, list[tuple[float, float, int]]]
-    boxes: Mapping[int, tuple[float, float, float, float]]
-
-    @property
-    def slices(self) -> list[int]:
-        """The slices that carry a prompt, in order: only these are segmented."""
-        return sorted(self.points.keys() | self.boxes.keys())
-
-    def batch(
-        self, numbers: Sequence[int], num_classes: int, *, row_col: bool = False
-    ) -> dict[str, Any]:
-        """Keyword arguments `points` and `boxes` of the model for the slices `numbers`.
-
-        Where a slice lacks one kind, it gets what training gives for an empty mask: the whole
-        image as its box, points labelled -1. Points are as many as in training or more; a model
-        reads no class from their order, only the label. row_col: points as (row, column).
-        """
-        given: dict[str, Any] = {"points": None, "boxes": None}
-        if self.mode in (2, 3):
-            most = max(len(self.points.get(k, ())) for k in numbers)
-            length = max(most, POINTS_PER_CLASS * (num_classes - 1))
-            given["points"] = self._points(numbers, length, row_col=row_col)
-        if self.mode in (1, 3):
-            whole = (0.0, 0.0, float(self.size), float(self.size))
-            given["boxes"] = torch.tensor([self.boxes.get(k, whole) for k in numbers])
-        return given
-
-    def _points(self, numbers: Sequence[int], length: int, *, row_col: bool) -> tuple:
-        rows = []
-        for k in numbers:
-            row = [(x, y, label) for x, y, label in self.points.get(k, ())]
-            rows.append(row + [(0.0, 0.0, NOT_A_POINT)] * (length - len(row)))
-        table: Tensor = torch.tensor(rows, dtype=torch.float32)
-        coords = table[..., :2].flip(-1) if row_col else table[..., :2]
-        return coords, table[..., 2].long()
-
-
-def slice_prompts(prompts: ScanPrompts, mode: int | str, scan: PreparedScan) -> SlicePrompts | None:
-    """A user's prompts as the model of a prompt mode takes them; None for a model without any.
-
-    A model trained with MIXED takes what there is: both kinds, one, or none.
-    Raises ValueError where prompts are missing, not of the model's kind, or outside the scan.
-    """
-    if mode == MIXED:
-        mode = (1 if prompts.boxes else 0) + (2 if prompts.points else 0)
-    _check_kinds(prompts, mode, scan.header.path)
-    if mode == 0:
-        return None
-    points: dict[int, list] = {}
-    voxels = point_voxels(prompts, scan.header.affine, scan.header.path)
-    for voxel, point in zip(voxels, prompts.points, strict=True):
-        k, ((x, y),) = _in_image(voxel[None], scan)
-        if not (-0.5 <= x <= scan.img_size - 0.5 and -0.5 <= y <= scan.img_size - 0.5):
-            raise ValueError(f"{scan.header.path}: point {point[:3]} {OUTSIDE_CROP}")
-        points.setdefault(k, []).append((float(x), float(y), point[3]))
-    boxes: dict[int, tuple] = {}
-    for number, *sides in prompts.boxes:
-        k, corners = _in_image(_corners(number, sides, scan), scan)
-        low, high = corners.min(axis=0), corners.max(axis=0)
-        if (high < 0).any() or (low > scan.img_size).any():
-            raise ValueError(f"{scan.header.path}: box {sides} {OUTSIDE_CROP}")
-        if k in boxes:
-            raise ValueError(f"{scan.header.path}: two boxes on slice {number}; a slice takes one")
-        boxes[k] = tuple(np.concatenate([low, high]).clip(0, scan.img_size).tolist())
-    return SlicePrompts(mode, scan.img_size, points, boxes)
-
-
-def _check_kinds(prompts: ScanPrompts, mode: int, source: Path) -> None:
-    trained = f"the model was trained with prompts: {PROMPT_MODES[mode]}"
-    if mode == 0 and prompts:
-        raise ValueError("the model was trained without prompts; leave points and boxes out")
-    if mode in (1, 2, 3) and not prompts:
-        wanted = {1: "--box and --slice", 2: "--point", 3: "--point and --box with --slice"}[mode]
-        raise ValueError(f"{source}: {trained}; give {wanted}, or --prompts FILE")
-    if mode == 1 and prompts.points:
-        raise ValueError(f"{source}: {trained}; it takes no points")
-    if mode == 2 and prompts.boxes:
-        raise ValueError(f"{source}: {trained}; it takes no boxes")
-
-
-def _corners(number: int | None, sides: Sequence[float], scan: PreparedScan) -> np.ndarray:
-    """The box's two corners as voxels (2, 3); see this module's docstring for its frame."""
-    axis, path = scan.slice_axis, scan.header.path
-    if number is None:
-        if len(scan) > 1:
-            raise ValueError(f"{path}: has {len(scan)} slices; give each --box a --slice")
-        number = 0
-    corners = np.array([sides[:2], sides[2:]], dtype=np.float64)
-    return np.insert(corners, axis, number, axis=1)
-
-
-def _in_image(voxels: np.ndarray, scan: PreparedScan) -> tuple[int, np.ndarray]:
-    """The slice that voxels (P, 3) lie on and their pixels (P, 2), (x, y), in the model's image.
-
-    Pixel centres lie at whole numbers in both grids, whose outer edges are shared, as everywhere.
-    Raises ValueError for the first voxel outside the scan.
-    """
-    shape = np.array(scan.header.shape)
-    outside = ((voxels < -0.5) | (voxels > shape - 0.5)).any(axis=1)
-    if outside.any():
-        place = ", ".join(f"{value:.4g}" for value in voxels[outside][0])
-        size = " x ".join(map(str, shape))
-        raise ValueError(f"{scan.header.path}: prompt at voxel ({place}) is outside {size} voxels")
-    place = scan.locate(voxels)
-    y0, y1, x0, x1 = scan.box
-    origin, side = np.array([y0, x0]), np.array([y1 - y0, x1 - x0])
-    pixels = (place[:, 1:] + 0.5 - origin) * scan.img_size / side - 0.5
-    number = int(np.clip(np.rint(place[0, 0]), 0, len(scan) - 1))
-    return number, pixels[:, ::-1]
+def _number(value: Any) -> float:
+    """A JSON number as float; infinity for one too large, NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -1,84 +1,62 @@
-"""A scan in, a segmentation in the scan's own geometry out.
+"""U-SAM on scans: slices in batches through the model, the label map in the scan's own geometry.
 
-The model sees slices in batches; neither logits nor floats of a whole volume are ever held.
+Neither logits nor floats of a whole volume are ever held.
 """
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset.scans.find import find_scans, output_names
 from dataset.scans.slices import ScanSlices
 from dataset.scans.window import parse_window
 from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
-from usam.prediction import output as scan_output
-from usam.prediction.prompts import (
-    PreparedScan,
-    ScanPrompts,
-    SlicePrompts,
-    prompts_from_flags,
-    read_prompts,
-    slice_prompts,
-)
-from usam.runtime import processes
+from usam.prediction.overlay import Panel, class_colors, save_montage, spread_slices
+from usam.prediction.prompts import ScanPrompts, read_prompts, slice_prompts_of
+from usam.prediction.results import ResultFiles, count_voxels, measured, measured_text
+from usam.prediction.scans import predict_each, scans_to_predict
+from usam.prediction.slice_prompts import SlicePrompts, marks_on_slices, slice_prompts
 from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main
 from usam.weights.inference import answers_text, load_for_inference
 
 BATCHES_AHEAD = 2  # prepared while the device works
-PREPARED = ("orientation", "spacing", "img_size", "input", "clahe", "crop", "body_crop")  # of data
+PREPARED = ("orientation", "spacing", "img_size", "clahe", "crop", "body_crop")  # of data
 
 
 def predict(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
     """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
-    data, scans = saved["data"], find_scans(args.predict)
+    scans = scans_to_predict(args)
+    contents = read_prompts(args.prompts, scans) if args.prompts else None
+    window = parse_window(args.window) if args.window else None
     model, row_col = load_for_inference(args, precision.device, saved)
     predictor = Predictor(
-        model, precision, data, prompt_mode=args.prompt_mode,
+        model.eval(), precision, saved["data"], prompt_mode=args.prompt_mode,
         points_are_row_col=row_col, batch_size=args.batch_size,
         threads=args.num_workers, probabilities=args.probabilities, overlay=args.overlay,
         largest_component=args.largest_component,
     )  # fmt: skip
-    window = parse_window(args.window) if args.window else None
-    named = list(zip(scans, output_names(scans), strict=True))
-    failed = predict_scans(
-        named[processes.rank() :: processes.world_size()], args.output_dir, predictor,
-        open_scan=partial(ScanSlices, data=data, window=window, channel=args.channel),
-        prompts_for=prompts_of(args, len(scans)),
-        facts=answers_text(args) | {"model": f"u-sam {args.sam_model}"},
-    )  # fmt: skip
-    if len(scans) == 1 and failed:
-        raise failed[0][1]
-    number = int(processes.reduce_sum(torch.tensor(len(failed), device=precision.device)))
-    if number:
-        raise ValueError(f"{number} of {len(scans)} scans were not segmented, see above")
+    facts = answers_text(args) | {"model": f"u-sam {args.sam_model}"}
 
+    def segment(path: Path, files: ResultFiles) -> str:
+        prompts = slice_prompts_of(args, contents, path)
+        scan = ScanSlices(path, saved["data"], window=window, channel=args.channel)
+        return predict_scan(scan, files, predictor, prompts=prompts, facts=facts)
 
-def prompts_of(args: Namespace, num_scans: int) -> Callable[[Path], ScanPrompts]:
-    """What gives the prompts of a scan: the flags, or the JSON file they name."""
-    if args.prompts:
-        return lambda path: read_prompts(args.prompts, path.name)
-    given = prompts_from_flags(args.point, args.box, args.slice, mm=args.mm)
-    if given and num_scans > 1:
-        raise ValueError(
-            f"--box and --point mark one scan, --predict names {num_scans}; use --prompts FILE"
-        )
-    return lambda path: given
+    predict_each(args, scans, segment, precision.device)
 
 
 @dataclass(frozen=True)
@@ -108,115 +86,105 @@ class Predictor:
     @property
     def colors(self) -> list[str]:
         """Class colours by label id."""
-        return scan_output.class_colors(self.data.get("colors"), len(self.classes))
-
-
-def predict_scans(
-    scans: Sequence[tuple[Path, str]],
-    folder: Path,
-    predictor: Predictor,
-    *,
-    open_scan: Callable[[Path], PreparedScan],
-    prompts_for: Callable[[Path], ScanPrompts],
-    facts: Mapping[str, Any],
-) -> list[tuple[Path, Exception]]:
-    """Segment every scan of (path, name of its results) into `folder`; those that failed.
-
-    One bad scan is reported and does not stop the others. facts go into every JSON.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    predictor.model.eval()
-    failed = []
-    bar = tqdm(
-        scans, desc="predicting", unit="scan", disable=not is_main() or len(scans) < 2, leave=False
-    )
-    for path, name in bar:
-        try:
-            scan = open_scan(path)
-            line = predict_scan(
-                scan, folder, name, predictor, prompts=prompts_for(path), facts=facts
-            )
-        except (ValueError, OSError) as error:
-            failed.append((path, error))
-            if len(scans) > 1:
-                tqdm.write(f"u-sam.py: error: {error}", file=sys.stderr)
-        else:
-            tqdm.write(line)
-    return failed
+        return class_colors(self.data.get("colors"), len(self.classes))
 
 
 def predict_scan(
-    scan: PreparedScan,
-    folder: Path,
-    name: str,
+    scan: ScanSlices,
+    files: ResultFiles,
     predictor: Predictor,
     *,
     prompts: ScanPrompts,
     facts: Mapping[str, Any],
 ) -> str:
-    """Write NAME_seg.nii.gz, NAME_seg.json and what else was asked for; a line on what was found.
+    """Write the label map, its description and what else was asked for; lines on what was found.
 
     Raises ValueError where the prompts do not fit the model or the scan.
     """
     given = slice_prompts(prompts, predictor.prompt_mode, scan)
     label = np.zeros(scan.header.shape, dtype=np.uint8, order="F")
+    sink = nullcontext()
     if predictor.probabilities:
-        sink = ProbabilityFile(
-            folder / f"{name}_probabilities.nii", len(predictor.classes), scan.header
-        )
-    else:
-        sink = nullcontext()
+        sink = ProbabilityFile(files.probabilities, len(predictor.classes), scan.header)
     with sink as opened:
-        _segment(scan, predictor, given, scan.canonical(label), opened, name)
+        _segment(scan, predictor, given, scan.canonical(label), opened, files.name)
     if predictor.largest_component:
-        scan_output.keep_largest(label)
-    path = folder / f"{name}_seg.nii.gz"
-    write_label_map(path, label, scan.header)
-    rows = scan_output.class_volumes(
-        scan_output.count_voxels(label, len(predictor.classes)),
-        predictor.classes,
-        predictor.colors,
-        scan.header.voxel_ml,
-    )
-    about = describe(scan, given, predictor) | dict(facts)
-    scan_output.write_description(folder / f"{name}_seg.json", about | {"classes": rows})
+        keep_largest(label)
+    written = [files.probabilities] if predictor.probabilities else []
     if predictor.overlay:
-        _draw(folder / f"{name}_overlay.png", scan, scan.canonical(label), predictor, name)
-    return f"{path}: {one_line(rows)}"
+        _draw(files.overlay, scan, scan.canonical(label), predictor, prompts, files.name)
+        written.append(files.overlay)
+    files.remove_others(written)
+    write_label_map(files.label_map, label, scan.header)
+    rows = class_rows(label, predictor, scan.header.voxel_ml)
+    files.describe(describe(scan, given, predictor) | dict(facts) | {"classes": rows})
+    remarks = [f"\n  warning: {remark}" for remark in scan.header.remarks]
+    return f"{files.label_map}: {one_line(rows)}{''.join(remarks)}"
 
 
-def describe(
-    scan: PreparedScan, given: SlicePrompts | None, predictor: Predictor
-) -> dict[str, Any]:
-    """What the JSON says of a scan; its file's name, never its folder."""
+def class_rows(
+    label: np.ndarray, predictor: Predictor, voxel_ml: float | None
+) -> list[dict[str, Any]]:
+    """A row per class: id, name, color, voxels and volume_ml."""
+    voxels = count_voxels(label, len(predictor.classes)).tolist()
+    named = zip(predictor.classes, predictor.colors, voxels, strict=True)
+    return [
+        {"id": number, "name": name, "color": color, **measured(count, voxel_ml)}
+        for number, (name, color, count) in enumerate(named)
+    ]
+
+
+def keep_largest(label: np.ndarray) -> None:
+    """Set all but the largest piece of every class to background, in place; label (I, J, K).
+
+    Voxels that share a corner belong to one piece. Holds int32 numbers for the box around one
+    class at a time.
+    """
+    touching = np.ones((3, 3, 3), dtype=bool)
+    for class_id, box in enumerate(ndimage.find_objects(label), start=1):
+        if box is None:
+            continue
+        inside = label[box]
+        pieces, count = ndimage.label(inside == class_id, structure=touching)
+        if count == 1:
+            continue
+        counts = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in pieces)
+        largest = 1 + int(counts[1:].argmax())
+        for plane, number in zip(inside, pieces, strict=True):
+            plane[(number > 0) & (number != largest)] = 0
+
+
+def describe(scan: ScanSlices, given: SlicePrompts | None, predictor: Predictor) -> dict[str, Any]:
+    """What the description says of a scan; its file's name, never its folder."""
     header = scan.header
+    numbers = slice_numbers(scan)
     return {
         "input": header.path.name,
+        "input_mode": predictor.data.get("input", "2d"),
         "shape": list(header.shape),
         "spacing_mm": None if header.spacing is None else [round(s, 6) for s in header.spacing],
         "window": list(scan.window) if isinstance(scan.window, tuple) else scan.window,
         **{name: predictor.data.get(name) for name in PREPARED},
-        "prompted_slices": None if given is None else given.slices,
+        "prompted_slices": None if given is None else sorted(numbers[k] for k in given.slices),
         "largest_component": predictor.largest_component,
     }
 
 
+def slice_numbers(scan: ScanSlices) -> list[int]:
+    """The index in the file, along its own axis, of each of the scan's slices."""
+    first, *_ = scan.locate(np.zeros((1, 3)))
+    backwards = round(float(first[0])) != 0
+    return list(range(len(scan)))[:: -1 if backwards else 1]
+
+
 def one_line(rows: Sequence[Mapping[str, Any]]) -> str:
     """The classes found, with their volumes, for the terminal."""
-    found = [row for row in rows[1:] if row["voxels"]]
-    if not found:
-        return "no foreground"
-    sizes = [
-        f"{row['name']} {row['voxels']} voxels"
-        if row["volume_ml"] is None
-        else f"{row['name']} {row['volume_ml']:.1f} ml"
-        for row in found
-    ]
-    return ", ".join(sizes)
+    found = [measured_text(row) for row in rows[1:] if row["voxels"]]
+    return ", ".join(found) or "no foreground"
 
 
 def _segment(
-    scan: PreparedScan,
+    scan: ScanSlices,
     predictor: Predictor,
     given: SlicePrompts | None,
     labels: np.ndarray,
@@ -233,6 +201,7 @@ def _segment(
     ) as bar:
         for chunk, images in prepared(scan, numbers, predictor.batch_size, predictor.threads):
             logits = _forward(predictor, images, chunk, given)
+            check_finite(logits, chunk, scan)
             for k, one in zip(chunk, logits, strict=True):
                 native = to_native(one[None], scan.box, size)
                 labels[k] = native.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
@@ -242,8 +211,19 @@ def _segment(
             bar.update(len(chunk))
 
 
+def check_finite(logits: Tensor, numbers: Sequence[int], scan: ScanSlices) -> None:
+    """Raises ValueError naming the first slice whose logits are NaN or infinite."""
+    finite = logits.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        number = slice_numbers(scan)[numbers[int(finite.int().argmin())]]
+        raise ValueError(
+            f"{scan.header.path}: the model's output is not finite in slice {number}; check the "
+            "checkpoint, or use --amp off"
+        )
+
+
 def prepared(
-    scan: PreparedScan, numbers: Sequence[int], batch_size: int, threads: int
+    scan: ScanSlices, numbers: Sequence[int], batch_size: int, threads: int
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Slices in batches: their numbers and images, uint8 (n, C, size, size).
 
@@ -296,7 +276,7 @@ def to_native(logits: Tensor, box: Sequence[int], size: tuple[int, int]) -> Tens
     return torch.cat([background, F.pad(inside[:, 1:], margins, value=float("-inf"))], dim=1)
 
 
-def _write_background(scan: PreparedScan, file: ProbabilityFile, numbers: Sequence[int]) -> None:
+def _write_background(scan: ScanSlices, file: ProbabilityFile, numbers: Sequence[int]) -> None:
     """Certain background in slices that no prompt asks about."""
     steps = np.zeros((1, file.shape[3], *scan.shape[1:]), dtype=np.uint16)
     steps[:, 0] = STEPS
@@ -305,12 +285,25 @@ def _write_background(scan: PreparedScan, file: ProbabilityFile, numbers: Sequen
 
 
 def _draw(
-    path: Path, scan: PreparedScan, labels: np.ndarray, predictor: Predictor, name: str
+    path: Path,
+    scan: ScanSlices,
+    labels: np.ndarray,
+    predictor: Predictor,
+    prompts: ScanPrompts,
+    name: str,
 ) -> None:
-    """A montage of slices with foreground, as the model saw them."""
-    numbers = scan_output.montage_slices(np.array([np.count_nonzero(plane) for plane in labels]))
-    stored = predictor.data["orientation"] == "stored"
-    scan_output.save_montage(
-        path, numbers, scan.plane, labels, classes=predictor.classes, colors=predictor.colors,
-        aspect=scan.pixel_aspect, transpose=stored, title=name,
-    )  # fmt: skip
+    """A montage of slices with prompts or foreground, as the model saw them, seen from below."""
+    marks = marks_on_slices(prompts, scan) if predictor.prompt_mode else {}
+    foreground = np.array([np.count_nonzero(plane) for plane in labels])
+    is_stored = scan.orientation == "stored"  # slices lie on their side
+    numbers, panels = slice_numbers(scan), []
+    for k in spread_slices(foreground, wanted=sorted(marks)):
+        image, label = scan.plane(k), labels[k]
+        points, boxes = marks.get(k, ((), ()))
+        if is_stored:
+            image, label = image.T, label.T
+            points = [(y, x, sign) for x, y, sign in points]
+            boxes = [(y1, x1, y2, x2) for x1, y1, x2, y2 in boxes]
+        title = f"slice {numbers[k]}"
+        panels.append(Panel(title, image, label, scan.pixel_aspect, tuple(points), tuple(boxes)))
+    save_montage(path, panels, classes=predictor.classes, colors=predictor.colors, title=name)

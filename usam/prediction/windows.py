@@ -1,12 +1,8 @@
-"""One object of a whole volume from clicks: windows around them, and more where the object goes on.
-
-`usam.predict3d` and `usam.evaluate3d` answer a user's and a simulated user's clicks through here.
-"""
+"""One object of a whole volume from clicks: windows around them, more where it reaches further."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +11,17 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from dataset.crops import crop_at, normalise, overlap
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.runtime.precision import Precision
 
 Voxel = tuple[int, int, int]
-ReadCrop = Callable[[Voxel, int], Tensor]
 
-MAX_WINDOWS = 64  # grown for one object, after which growth stops and says so
+MAX_WINDOWS = 64  # grown for one object; then growth stops, and `stopped_early` is set
 OUTSIDE = -30.0  # logit where no window has looked
 KNOWN = 8.0  # logit, and its negative, of a mask that is given as known
 COVERED = 0.25  # weight of other windows' answers from which a place counts as looked at
+MAX_CACHE_BYTES = 512 << 20  # of embeddings; one of ViT-B takes 0.8 MB
 GRID = 16  # windows begin at multiples of side / GRID voxels from the first, so that they recur
 
 
@@ -41,25 +38,44 @@ class Window:
     hint: tuple[Voxel, int] | None = None
 
 
-class Encoder:
-    """Embeddings of windows of one volume of `shape`, each computed once; shared by its objects.
+class EmbeddingCache:
+    """Embeddings of windows of one volume, each computed once while there is memory for it.
 
-    read: normalised crop (1, 1, S, S, S) of the volume, zero padded, for an origin and a side.
+    image (X, Y, Z) at 1.5 mm; windows are cut and scaled as in training. Beyond `max_bytes` of
+    embeddings the ones not used for the longest time are dropped.
     """
 
     def __init__(
-        self, model: SamMed3d, shape: Voxel, *, read: ReadCrop, precision: Precision
+        self,
+        model: SamMed3d,
+        image: np.ndarray,
+        precision: Precision,
+        max_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
-        self.model, self.shape, self.precision = model, tuple(shape), precision
-        self._read, self._known = read, {}
+        self.model, self.image, self.precision = model, image, precision
+        self.shape: Voxel = tuple(image.shape)
+        self.max_bytes, self._num_bytes = max_bytes, 0
+        self._known: OrderedDict[Voxel, Tensor] = OrderedDict()
+
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether the model was trained with boxes."""
+        return self.model.config["num_point_embeddings"] == 4
 
     def embedding(self, origin: Voxel) -> Tensor:
         """(1, 384, g, g, g) of the window at `origin`."""
-        if origin not in self._known:
-            with torch.inference_mode(), self.precision.autocast():
-                crop = self._read(origin, self.model.side).to(self.precision.device)
-                self._known[origin] = self.model.image_encoder(crop)
-        return self._known[origin]
+        if origin in self._known:
+            self._known.move_to_end(origin)
+            return self._known[origin]
+        crop = torch.from_numpy(crop_at(self.image, origin, self.model.side))[None, None]
+        with torch.inference_mode(), self.precision.autocast():
+            embedding = self.model.image_encoder(normalise(crop).to(self.precision.device))
+        self._known[origin] = embedding
+        self._num_bytes += embedding.nbytes
+        while self._num_bytes > self.max_bytes and len(self._known) > 1:
+            _, oldest = self._known.popitem(last=False)
+            self._num_bytes -= oldest.nbytes
+        return embedding
 
 
 class Session:
@@ -68,23 +84,28 @@ class Session:
     As in training, each click adds to those before and its window sees its own last answer as a
     mask. The windows of clicks are kept. Others are grown anew after each click, from these: where
     the object touches a face of a window and the volume goes on, a window is centred there, which
-    is told so by a click in the middle of the part that is seen. That is a first round as in
+    gets a click in the middle of the part that is seen. That is a first round as in
     training; the half of a mask from the overlap, which no training shows, made answers worse.
     Overlapping answers are averaged, each with a weight that falls towards its faces.
     """
 
-    def __init__(self, encoder: Encoder, known: Tensor | None = None) -> None:
+    def __init__(self, cache: EmbeddingCache, known: Tensor | None = None) -> None:
         """known (X, Y, Z) bool: a mask to refine, if there is one."""
-        self.encoder, self.side = encoder, encoder.model.side
+        self.cache, self.side = cache, cache.model.side
         self.num_grown, self.stopped_early = 0, False
         self._windows: list[Window] = []
         self._clicks: list[tuple[Voxel, int]] = []
         self._box: tuple[Voxel, Voxel] | None = None
-        device = encoder.precision.device
+        device = cache.precision.device
         self._known = None if known is None else (2 * known.to(device).float() - 1) * KNOWN
-        self._sum = torch.zeros(encoder.shape, device=device)
-        self._weight = torch.zeros(encoder.shape, device=device)
+        self._sum = torch.zeros(cache.shape, device=device)
+        self._weight = torch.zeros(cache.shape, device=device)
         self._falling = window_weight(self.side, device)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether it refines a given mask."""
+        return self._known is not None
 
     @property
     def num_windows(self) -> int:
@@ -131,11 +152,11 @@ class Session:
         low = 3 * (self.side // 4,)
         mask = torch.zeros(1, 1, *low, device=self._sum.device)
         if self._known is not None:
-            inside, own = overlap(origin, self.side, self.encoder.shape)
+            inside, own = overlap(origin, self.side, self.cache.shape)
             full = torch.full(3 * (self.side,), -KNOWN, device=mask.device)
             full[own] = self._known[inside]
             mask = F.adaptive_avg_pool3d(full[None, None], low)
-        return Window(origin, self.encoder.embedding(origin), mask)
+        return Window(origin, self.cache.embedding(origin), mask)
 
     def _holds(self, window: Window, voxel: Voxel) -> bool:
         pairs = zip(window.origin, voxel, strict=True)
@@ -154,9 +175,14 @@ class Session:
         if self._box and window.hint is None:
             corners = (torch.tensor(self._box) - origin).clamp(0, self.side - 1)
             boxes = corners.float()[None].to(device)
-        model, precision = self.encoder.model, self.encoder.precision
+        model, precision = self.cache.model, self.cache.precision
         with torch.inference_mode(), precision.autocast():
             answer = model.decode(window.embedding, points, window.logits, boxes=boxes)
+        if not bool(answer.isfinite().all()):
+            raise ValueError(
+                f"the model's output is not finite in the window at voxel {window.origin} of the "
+                "1.5 mm volume; check the checkpoint, or use --amp off"
+            )
         window.logits = answer.float()
 
     def _grow(self) -> None:
@@ -185,8 +211,8 @@ class Session:
 
     def _add(self, window: Window) -> None:
         """Blend a window's answer into the volume's."""
-        answer = self.encoder.model.upscale(window.logits)[0, 0]
-        inside, own = overlap(window.origin, self.side, self.encoder.shape)
+        answer = self.cache.model.upscale(window.logits)[0, 0]
+        inside, own = overlap(window.origin, self.side, self.cache.shape)
         self._sum[inside] += (answer * self._falling)[own]
         self._weight[inside] += self._falling[own]
 
@@ -214,10 +240,10 @@ class Session:
 
     def _goes_on(self, window: Window) -> Voxel | None:
         """A voxel on a face of the window where the object goes on unseen; None if nowhere."""
-        inside, _ = overlap(window.origin, self.side, self.encoder.shape)
+        inside, _ = overlap(window.origin, self.side, self.cache.shape)
         part = self._started(window, self._logits_in(inside) > THRESHOLD, inside)
         smallest = max(self.side // 32, 1) ** 2  # voxels; fewer are noise
-        for axis, (span, size) in enumerate(zip(inside, self.encoder.shape, strict=True)):
+        for axis, (span, size) in enumerate(zip(inside, self.cache.shape, strict=True)):
             for outwards, index in ((-1, span.start), (1, span.stop - 1)):
                 if not 0 <= index + outwards < size:
                     continue
@@ -260,18 +286,3 @@ def window_weight(side: int, device: torch.device) -> Tensor:
 def centred(voxel: Voxel, side: int) -> Voxel:
     """Where a window around `voxel` begins."""
     return tuple(int(index) - side // 2 for index in voxel)
-
-
-def overlap(origin: Voxel, side: int, shape: Voxel) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where a window and a volume of `shape` meet: slices of the volume, slices of the window.
-
-    A window that misses the volume along an axis gives slices of length 0 there.
-    """
-    inside = [
-        slice(min(max(low, 0), size), max(min(low + side, size), min(max(low, 0), size)))
-        for low, size in zip(origin, shape, strict=True)
-    ]
-    own = [
-        slice(span.start - low, span.stop - low) for low, span in zip(origin, inside, strict=True)
-    ]
-    return tuple(inside), tuple(own)

@@ -1,0 +1,156 @@
+"""The files that a prediction writes for a scan: names, what is replaced, class volumes, JSON.
+
+Nothing of a patient but the voxels' place goes into any of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.files import file_digest, write_json
+from dataset.scans.read import scan_stem
+
+PROGRAM = "u-sam.py"
+NNUNET_CHANNEL = "_0000"  # at the end of a scan's name in nnU-Net's layout
+MAX_JSON_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """Where the results of one scan go. plain: the label map is NAME.nii.gz, as nnU-Net's."""
+
+    folder: Path
+    name: str
+    plain: bool = False
+
+    @property
+    def label_map(self) -> Path:
+        """The label map, uint8 NIfTI."""
+        return self.folder / f"{self.name}{'' if self.plain else '_seg'}.nii.gz"
+
+    @property
+    def description(self) -> Path:
+        """What was found and how, JSON."""
+        return self.folder / f"{self.name}{'' if self.plain else '_seg'}.json"
+
+    @property
+    def overlay(self) -> Path:
+        """The picture of --overlay."""
+        return self.folder / f"{self.name}_overlay.png"
+
+    @property
+    def probabilities(self) -> Path:
+        """The 4D NIfTI of --probabilities."""
+        return self.folder / f"{self.name}_probabilities.nii"
+
+    def check(self, scans: Sequence[Path], *, overwrite: bool) -> None:
+        """Raises ValueError if writing here would replace a file that is not ours to replace.
+
+        That is one of `scans` in any case; without `overwrite`, any file that no earlier
+        prediction wrote and a label map that was edited since.
+        """
+        files = (self.label_map, self.description, self.overlay, self.probabilities)
+        present = [file for file in files if file.exists()]
+        for scan in scans:
+            if any(file.samefile(scan) for file in present if scan.exists()):
+                raise ValueError(f"{scan}: its results would replace the scan; choose another "
+                                 "--output_dir")  # fmt: skip
+        if overwrite or not present:
+            return
+        earlier = read_description(self.description)
+        if earlier is None:
+            raise ValueError(f"{present[0]} was not written by this program; move it away, choose "
+                             "another --output_dir, or pass --overwrite")  # fmt: skip
+        digest = earlier.get("label_map_sha256")
+        if digest and self.label_map.exists() and file_digest(self.label_map) != digest:
+            raise ValueError(f"{self.label_map} was edited after this program wrote it; move it "
+                             "away, choose another --output_dir, or pass --overwrite")  # fmt: skip
+
+    def remove_others(self, written: Iterable[Path]) -> None:
+        """Remove pictures and probabilities of an earlier scan that this run did not write."""
+        for file in {self.overlay, self.probabilities} - set(written):
+            file.unlink(missing_ok=True)
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Write the description: `facts` and the digest of the label map, as strict JSON."""
+        content = {"program": PROGRAM, **facts, "label_map_sha256": file_digest(self.label_map)}
+        write_json(self.description, content, 2, sort_keys=False)
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    """The content of a description that a prediction wrote; None for any other file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    # Those of earlier versions do not name the program.
+    fits = isinstance(content, dict) and {"checkpoint", "model"} <= content.keys()
+    return content if fits and ("classes" in content or "objects" in content) else None
+
+
+def without_results(scans: Sequence[Path], named: Iterable[Path]) -> list[Path]:
+    """`scans` without the results of earlier predictions; those that are `named` stay."""
+    named = set(named)
+    return [scan for scan in scans if scan in named or not is_result(scan)]
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is a label map or probabilities that a prediction wrote."""
+    stem, names = scan_stem(path), [scan_stem(path)]
+    if stem.endswith("_probabilities"):
+        scan = stem.removesuffix("_probabilities")
+        names = [scan, f"{scan}_seg"]
+    return any(read_description(path.with_name(f"{name}.json")) is not None for name in names)
+
+
+def result_names(scans: Iterable[Path]) -> list[str]:
+    """A name for each scan's results: that of its file or folder, without the suffix.
+
+    The channel number _0000 of nnU-Net's layout is left out where this gives no two scans the same
+    name. Scans of one name get the folder's name in front, and if need be a number behind.
+    """
+    scans = [scan.absolute() for scan in scans]
+    stems = [scan_stem(scan) for scan in scans]
+    short = [stem.removesuffix(NNUNET_CHANNEL) or stem for stem in stems]
+    taken = Counter(short) + Counter(set(stems) - set(short))
+    stems = [new if taken[new] == 1 else old for old, new in zip(stems, short, strict=True)]
+    number_of = Counter(stems)
+    names: list[str] = []
+    for scan, stem in zip(scans, stems, strict=True):
+        name = base = stem if number_of[stem] == 1 else f"{scan.parent.name}_{stem}"
+        number = 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+# ------------------------------------------------------------------ class volumes
+
+
+def count_voxels(label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Voxels of every class in label (I, J, K), (num_classes,) int64."""
+    planes = label.transpose(2, 1, 0)  # as they lie in memory; bincount makes eight bytes of each
+    return sum(np.bincount(plane.ravel(), minlength=num_classes) for plane in planes)
+
+
+def measured(voxels: int, voxel_ml: float | None) -> dict[str, Any]:
+    """A class's voxels and volume_ml, for a description; None where a voxel's volume is unknown."""
+    volume = None if voxel_ml is None else round(int(voxels) * voxel_ml, 4)
+    return {"voxels": int(voxels), "volume_ml": volume}
+
+
+def measured_text(row: Mapping[str, Any]) -> str:
+    """ "liver 1402.5 ml", or its voxels where their volume is unknown."""
+    if row["volume_ml"] is None:
+        return f"{row['name']} {row['voxels']:,} voxels"
+    return f"{row['name']} {row['volume_ml']:.1f} ml"

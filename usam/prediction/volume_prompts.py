@@ -1,0 +1,46 @@
+"""A user's points and boxes as SAM-Med3D takes them: clicks on voxels of a scan's 1.5 mm volume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataset.scans.volumes import ScanVolume
+from usam.prediction.prompts import ObjectPrompts
+from usam.prediction.windows import Voxel
+
+
+@dataclass(frozen=True)
+class MarkedObject:
+    """What a user marked of one object, in voxels of the volume.
+
+    clicks: (voxel, label), label 1 in the object and 0 outside; box: its first and last voxel.
+    """
+
+    name: str
+    label: int
+    clicks: tuple[tuple[Voxel, int], ...] = ()
+    box: tuple[Voxel, Voxel] | None = None
+
+    @property
+    def box_centre(self) -> Voxel:
+        """The middle voxel of the box."""
+        return tuple((low + high) // 2 for low, high in zip(*self.box, strict=True))
+
+    @property
+    def box_and_clicks(self) -> list[tuple[Voxel, int]]:
+        """All clicks; a box becomes a first one in its centre."""
+        return [*([(self.box_centre, 1)] if self.box else []), *self.clicks]
+
+
+def marked(one: ObjectPrompts, scan: ScanVolume, *, mm: bool) -> MarkedObject:
+    """An object's prompts in voxels of the volume; ValueError for what lies outside the scan."""
+    signs = [point[3] for point in one.points]
+    voxels = map(tuple, scan.clicks([point[:3] for point in one.points], mm=mm).tolist())
+    clicks = tuple(zip(voxels, signs, strict=True))
+    if one.box is None:
+        return MarkedObject(one.name, one.label, clicks)
+    corners = scan.clicks(np.reshape(one.box, (2, 3)), mm=mm)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    return MarkedObject(one.name, one.label, clicks, (tuple(low.tolist()), tuple(high.tolist())))
