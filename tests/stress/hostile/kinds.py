@@ -39,8 +39,7 @@ from tests.stress.hostile.stores import (
 from tests.stress.saves import small_model, small_state
 from usam.models.sam_med3d import build_sam_med3d
 from usam.models.usam import build_usam
-from usam.prediction.prompts import read_prompts
-from usam.prediction.volumes import read_prompts3d
+from usam.prediction.prompts import read_prompts, slice_prompts_of, volume_prompts_of
 from usam.training.engine import Progress
 from usam.training.run import blamed_on, restore
 from usam.weights.sam_med3d import load_sam_med3d_checkpoint
@@ -272,11 +271,23 @@ def tables() -> list[Kind]:
             "CSV", "boxes.csv", rows.encode(), lambda f: read_boxes(f / "boxes.csv"),
             (lambda draw, canary: hostile.csv_rows(canary, draw),),
         ),
-        json_kind("prompts", "p.json", prompts, lambda f: read_prompts(f / "p.json", "x.nii.gz")),
-        json_kind("many prompts", "p.json", many, lambda f: read_prompts(f / "p.json", "x.nii.gz")),
-        json_kind("clicks", "p.json", objects, lambda f: read_prompts3d(f / "p.json", "x.nii.gz")),
+        json_kind("prompts", "p.json", prompts, lambda f: prompts_of_x(slice_prompts_of, f)),
+        json_kind("many prompts", "p.json", many, lambda f: prompts_of_x(slice_prompts_of, f)),
+        json_kind("clicks", "p.json", objects, lambda f: prompts_of_x(volume_prompts_of, f)),
         json_kind("dataset.json", "dataset.json", table, find_nnunet, make=make_nnunet),
     ]  # fmt: skip
+
+
+def prompts_of_x(of_scan: Callable[..., Any], folder: Path) -> Any:
+    """What p.json has for the scan x.nii.gz beside y.nii.gz, or alone if it is of one scan."""
+    file, scans = folder / "p.json", [Path("x.nii.gz"), Path("y.nii.gz")]
+    try:
+        contents = read_prompts(file, scans)
+    except ValueError as error:
+        if "of one scan" not in str(error):
+            raise
+        contents = read_prompts(file, scans[:1])
+    return of_scan(argparse.Namespace(prompts=file), contents, scans[0])
 
 
 def json_kind(
