@@ -21,11 +21,12 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from dataset import DATASETS, VOLUMES, SliceDataset, build_dataset
+from dataset import SliceDataset, build_dataset
 from dataset.transforms import AUGMENTATIONS
 from usam.cli.choices import MIXED
-from usam.cli.flags import parse_flags, settle
-from usam.cli.recipes import chosen_loss, jitter_pixels
+from usam.cli.parser import fill_defaults, parse_flags
+from usam.cli.recipes import chosen_loss
+from usam.cli.values import jitter_pixels
 from usam.evaluation import report
 from usam.evaluation.pixels import count_pixels
 from usam.evaluation.slices import evaluate, merge
@@ -56,7 +57,7 @@ def main(args: Namespace) -> None:
     args.resume, saved = resume.choose(
         args.resume, args.output_dir, args.sam_weight, more=bool(args.ensemble)
     )
-    settle(args, saved)
+    fill_defaults(args, saved)
     if args.merge:
         merge(args)
         return
@@ -175,7 +176,7 @@ def slices_job(
         return few | {mean: summary["mean_dice"]}
 
     pixels, device = data["train"].class_pixels, precision.device
-    loss = chosen_loss(args.class_weights, args.focal_gamma, pixels, device)
+    loss = chosen_loss(args.class_weights, pixels, device)
     return Job(
         model=model,
         groups=model.parameter_groups(args.lr, args.lr_vit, args.lr_backbone),
@@ -216,7 +217,7 @@ def say_what_is_trained(args: Namespace, job: Job, data: dict) -> None:
 
 
 if __name__ == "__main__":
-    flags = parse_flags([*DATASETS, *VOLUMES])
+    flags = parse_flags()
     try:
         main(flags)
     except (ValueError, OSError) as error:

@@ -6,7 +6,6 @@ Whole runs go through u-sam.py on a small store; the rest is checked by hand-com
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,51 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from dataset import DATASETS, transforms
+from dataset import transforms
 from dataset.transforms import StrongDraws
 from tests.helpers.command import TINY, assert_same_run, run
-from usam.cli import flags
-from usam.cli.recipes import RECIPES, class_weights, jitter_pixels
+from usam.cli import parser
+from usam.cli.choices import RECIPES
+from usam.cli.recipes import class_weights
+from usam.cli.values import jitter_pixels
 from usam.runtime.samplers import ClassBalancedSampling, TrainingBatches
-from usam.training.losses import balanced_weights, focal_loss, segmentation_loss
+from usam.training.losses import balanced_weights
 
 EVERYTHING = (
     "--recipe", "strong", "--augment", "strong", "--foreground_share", "50%", "--ema", "0.9",
-    "--class_weights", "balanced", "--focal_gamma", "1.5", "--input", "2.5d",
-    "--prompt_mode", "mixed", "--prompt_jitter", "5%", "--patience", "9", "--epochs", "3",
+    "--class_weights", "balanced", "--input", "2.5d",
+    "--prompt_mode", "mixed", "--prompt_jitter", "5%", "--epochs", "3",
     "--batch_size", "4", "--val_fraction", "0.34", "--dataset", "store",
 )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ loss
-
-
-def test_focal_loss_by_hand() -> None:
-    logits = torch.tensor([[0.0, math.log(3)]])  # probabilities 1/4 and 3/4
-    first, second = torch.tensor([0]), torch.tensor([1])
-    assert focal_loss(logits, first, 2).item() == pytest.approx(0.75**2 * math.log(4))
-    assert focal_loss(logits, second, 2).item() == pytest.approx(0.25**2 * math.log(4 / 3))
-    both, weights = logits.expand(2, 2), torch.tensor([1.0, 3.0])
-    wanted = (0.75**2 * math.log(4) + 3 * 0.25**2 * math.log(4 / 3)) / 4
-    assert focal_loss(both, torch.tensor([0, 1]), 2, weights).item() == pytest.approx(wanted)
-
-
-def test_without_gamma_and_weights_it_is_cross_entropy() -> None:
-    logits, target = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
-    assert torch.equal(focal_loss(logits, target, 0), F.cross_entropy(logits, target))
-    weights = torch.tensor([0.2, 1.0, 1.8])
-    for gamma in (0, 1e-9):  # the plain road and the focal one
-        found = focal_loss(logits, target, gamma, weights)
-        torch.testing.assert_close(found, F.cross_entropy(logits, target, weights))
-
-
-def test_a_sure_pixel_has_a_finite_gradient() -> None:
-    logits = torch.tensor([[60.0, -60.0]], requires_grad=True)
-    for gamma in (0.5, 2.0):
-        segmentation_loss(logits, torch.tensor([0]), focal_gamma=gamma).backward()
-        assert logits.grad.isfinite().all()
 
 
 def test_balanced_weights_by_hand() -> None:
@@ -220,7 +194,7 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(RunFolder, "save", save_and_copy)
         given = [*TINY, *EVERYTHING, "--data_root", store, "--output_dir", folder / "whole"]
-        args = flags.parse_flags(DATASETS, [str(word) for word in given])
+        args = parser.parse_flags([str(word) for word in given])
         main = __import__("runpy").run_path("u-sam.py", run_name="u_sam")["main"]
         main(args)
     return folder
@@ -279,29 +253,12 @@ def test_another_input_than_the_checkpoints_is_refused(
     assert "was trained with 2.5d" in result.err
 
 
-def test_training_stops_when_nothing_gets_better(store: Path, tmp_path: Path, capsys: Any) -> None:
-    flags_given = [*TINY, "--dataset", "store", "--data_root", store, "--output_dir", tmp_path,
-                   "--batch_size", "4", "--val_fraction", "0.34", "--epochs", "9"]  # fmt: skip
-    stuck = ["--lr", "0", "--lr_vit", "0", "--lr_backbone", "0", "--patience", "2"]
-    result = run(capsys, *flags_given, *stuck)
-    assert result.code == 0, result.err
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
-    scores = [line["val"]["mean_dice"] for line in lines]
-    best = scores.index(max(scores))
-    assert len(lines) == best + 3 < 9
-    last = torch.load(tmp_path / "last.pth", weights_only=True)
-    assert last["progress"]["epoch"] == best + 3
-    result = run(capsys, *flags_given, "--resume", tmp_path / "last.pth")
-    assert result.code == 0, result.err
-    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == len(lines)
-
-
 # ------------------------------------------------------------------------------------ flags
 
 
 def settled(*given: str, saved: dict[str, Any] | None = None) -> Any:
-    args = flags.parse_flags(DATASETS, list(given))
-    flags.settle(args, saved)
+    args = parser.parse_flags(list(given))
+    parser.fill_defaults(args, saved)
     return args
 
 
@@ -328,10 +285,10 @@ def test_a_resumed_run_keeps_its_values_unless_a_recipe_is_given() -> None:
         ["--ema", "1"], ["--class_weights", "1,x"], ["--class_weights", "-1,2"],
         ["--prompt_jitter", "-1"], ["--prompt_jitter", "100%"], ["--prompt_jitter", "x"],
         ["--prompt_mode", "4"], ["--prompt_mode", "some"], ["--foreground_share", "101%"],
-        ["--input", "3d"], ["--recipe", "weak"], ["--patience", "-1"],
+        ["--input", "3d"], ["--recipe", "weak"],
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(given: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):
-        flags.parse_flags(DATASETS, given)
+        parser.parse_flags(given)
     assert given[0] in capsys.readouterr().err

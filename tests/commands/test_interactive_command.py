@@ -17,7 +17,7 @@ import torch
 
 from dataset.phantom import belly as phantom3d
 from tests.conftest import ROOT
-from usam.cli import flags
+from usam.cli import parser
 from usam.models.sam_med3d import SamMed3d, build_sam_med3d
 
 
@@ -38,8 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(usam_py: ModuleType, *words: object) -> None:
-    names = [*usam_py.DATASETS, *usam_py.VOLUMES]
-    usam_py.main(flags.parse_flags(names, ["--device", "cpu", "--amp", "off", *map(str, words)]))
+    usam_py.main(parser.parse_flags(["--device", "cpu", "--amp", "off", *map(str, words)]))
 
 
 def training_words(store: Path, folder: Path) -> list[object]:
@@ -229,8 +228,8 @@ def test_flags_of_volumes_are_not_for_slices(usam_py: ModuleType) -> None:
 
 
 def test_defaults_are_the_published_recipe(usam_py: ModuleType) -> None:
-    args = flags.parse_flags(["phantom3d"], ["--model", "sam-med3d"])
-    flags.settle(args, None)
+    args = parser.parse_flags(["--model", "sam-med3d"])
+    parser.fill_defaults(args, None)
     assert (args.epochs, args.batch_size, args.accumulation_steps, args.rounds) == (200, 12, 20, 11)
     assert (args.lr_vit, args.lr, args.weight_decay) == (8e-4, 8e-5, 0.1)
     assert args.sam_model == "vit_b_ori" and args.rel_pos == "published"

@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dataset import DATASETS
 from dataset.scans.find import find_scans
 from tests.conftest import ROOT
 from tests.helpers.oracle import (
@@ -26,7 +25,7 @@ from tests.helpers.oracle import (
     turned,
     write,
 )
-from usam.cli.flags import parse_flags
+from usam.cli.parser import parse_flags
 from usam.models.usam import build_usam
 from usam.prediction.results import result_names
 from usam.training import checkpoint
@@ -59,7 +58,7 @@ def command() -> Callable[..., None]:
     spec = importlib.util.spec_from_file_location("u_sam", ROOT / "u-sam.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda *words: module.main(parse_flags(DATASETS, [str(word) for word in words]))
+    return lambda *words: module.main(parse_flags([str(word) for word in words]))
 
 
 def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
@@ -164,7 +163,7 @@ def test_a_prompted_model_says_so_and_takes_prompts(tmp_path, tiny, command):
 )
 def test_flags_that_do_not_fit_together_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_flags(DATASETS, words.split())
+        parse_flags(words.split())
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 

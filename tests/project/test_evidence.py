@@ -12,9 +12,8 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.evidence import RECIPES, SEEDS, Setting
-from dataset import DATASETS, VOLUMES
 from tests.conftest import ROOT
-from usam.cli import flags
+from usam.cli import parser
 
 
 def write_run(output: Path, setting: Setting, dice: dict[str, float]) -> Path:
@@ -109,10 +108,10 @@ def test_its_commands_differ_only_in_what_is_compared(tmp_path: Path) -> None:
     for recipe in RECIPES:
         setting = Setting("anatomy", "2.5d", recipe, 7)
         training, evaluation = evidence.commands(setting, tmp_path)
-        args = flags.parse_flags([*DATASETS, *VOLUMES], training)
+        args = parser.parse_flags(training)
         parsed[recipe] = vars(args) | {"recipe": None, "output_dir": None}
         assert (args.recipe, args.input, args.seed) == (recipe, "2.5d", 7)
-        assert flags.parse_flags([*DATASETS, *VOLUMES], evaluation).eval
+        assert parser.parse_flags(evaluation).eval
     assert parsed["published"] == parsed["strong"]
 
 
@@ -121,4 +120,4 @@ def test_every_command_of_reproduce_parses() -> None:
     commands = re.findall(r"^python u-sam\.py (.*)$|`python u-sam\.py (--[^`]*)`", text, re.M)
     assert len(commands) >= 12
     for words in commands:
-        flags.parse_flags([*DATASETS, *VOLUMES], shlex.split(words[0] or words[1]))
+        parser.parse_flags(shlex.split(words[0] or words[1]))

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 NO_TORCH = ("usam.cli",)
 FLAG_READERS = {
-    "usam/cli/flags.py", "dataset/prepare/command.py", "dataset/verify/command.py",
+    "usam/cli/parser.py", "dataset/prepare/command.py", "dataset/verify/command.py",
 }  # fmt: skip
 
 

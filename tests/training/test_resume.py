@@ -25,7 +25,7 @@ from tests.helpers.command import (
 )
 from tests.helpers.layouts import slice_store
 from tests.training.test_checkpoint import disk_full, state, value_of
-from usam.cli import flags
+from usam.cli import flags, parser
 from usam.training import checkpoint, manifest, resume
 from usam.training.checkpoint import BackgroundSaver, predecessor, predecessors
 
@@ -124,11 +124,11 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
         "accumulation_steps": 1, "lr": 0.5, "lr_vit": 0.5, "lr_backbone": 0.5,
         "weight_decay": 0.5, "warmup": False, "clip_max_norm": 7.0, "seed": 1, "ema": 0.5,
         "prompt_jitter": "9", "augment": "strong", "class_weights": "balanced",
-        "focal_gamma": 2.0, "foreground_share": 0.5, "sam_model": "vit_b", "img_size": 64,
+        "foreground_share": 0.5, "sam_model": "vit_b", "img_size": 64,
         "input": "2.5d", "model": "sam-med3d", "adapter": "none", "tuning": "lora", "fold": 1,
     },
     "said": {
-        "epochs": 5, "patience": 9, "batch_size": 2, "num_workers": 3, "device": "cuda",
+        "epochs": 5, "batch_size": 2, "num_workers": 3, "device": "cuda",
         "amp": "bf16", "compile": "on",
     },
     "free": {  # where things lie, how they are saved, and what only other runs read
@@ -155,8 +155,8 @@ def given(name: str, arguments: dict[str, Any]) -> list[str]:
 
 def settled(saved: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """The flags of a run that goes on from `saved`, given these words; errors as u-sam.py's."""
-    args = flags.parse_flags(["store", "phantom"], words)
-    flags.settle(args, saved)
+    args = parser.parse_flags(words)
+    parser.fill_defaults(args, saved)
     return vars(args)
 
 

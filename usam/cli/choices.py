@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 MODELS = ("u-sam", "sam-med3d")
+DATASETS = ("rectum", "word", "phantom", "store")  # --dataset of u-sam: dataset.DATASETS
+VOLUMES = ("volumes", "phantom3d")  # and of sam-med3d: dataset.VOLUMES
 SAM_MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny")  # --sam_model of u-sam
 SAM_MED3D_MODELS = ("vit_b_ori", "vit_b", "vit_l", "vit_h", "vit_tiny")  # and of sam-med3d
 ADAPTERS = ("u", "none")
@@ -16,3 +18,20 @@ MIXED = "mixed"  # --prompt_mode: in training one of the modes, another in each 
 CLICKS = "clicks"  # the prompt mode in checkpoints of sam-med3d
 TTA = ("flip", "flip+rot")
 AUTO = Path("auto")  # --resume: the newest checkpoint
+
+# The flags that --recipe sets; a flag that is given wins. `published` is the published training,
+# `strong` what validation cases of two stand-ins chose, see docs/evidence.md.
+RECIPES = {
+    "published": {
+        "augment": "published",
+        "class_weights": "none",
+        "foreground_share": 0.0,
+        "ema": 0.0,
+    },
+    "strong": {
+        "augment": "published",
+        "class_weights": "balanced",
+        "foreground_share": 0.33,
+        "ema": 0.98,
+    },
+}

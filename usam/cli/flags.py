@@ -1,223 +1,280 @@
-"""The command line of u-sam.py: what its flags default to and how they go together.
-
-Only u-sam.py calls this and sees what comes back; the rest of the package takes plain arguments.
-"""
+"""All flags of u-sam.py, one row each: parser, defaults and docs/flags.md are made from them."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from usam.cli import flag_groups
-from usam.cli.choices import AUTO, MIXED
-from usam.cli.flags_evaluation import add_evaluation_flags, check_evaluation_flags
-from usam.cli.recipes import RECIPES
+from usam.cli.choices import (
+    ADAPTERS,
+    DATASETS,
+    INPUTS,
+    MIXED,
+    MODELS,
+    PROMPT_MODES,
+    RECIPES,
+    REL_POS,
+    SAM_MED3D_MODELS,
+    SAM_MODELS,
+    TTA,
+    TUNINGS,
+    VOLUMES,
+)
+from usam.cli.values import (
+    class_weights,
+    jitter,
+    millimetres,
+    number,
+    path,
+    prompt_mode,
+    share,
+    whole,
+    words,
+)
 
-# What a flag left out means, by --model. A flag of this list that a model lacks is not for it.
-# A training run that goes on from --resume takes the values it had there instead.
-OF_ALL = {
-    "val_fraction": 0.1, "warmup": False, "clip_max_norm": 0.0, "ema": 0.0, "patience": 0,
-    "seed": 202307,
-}  # fmt: skip
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "u-sam": {
-        **OF_ALL,
-        "dataset": "rectum",
-        "sam_model": "vit_b",
-        "fold": None,
-        "adapter": "u",
-        "tuning": "full",
-        "small_checkpoints": False,
-        "img_size": 224,
-        "input": "2d",
-        "empty": None,  # as the data set has it
-        "prompt_mode": 0,
-        "prompt_jitter": "0",
-        "recipe": "published",
-        **RECIPES["published"],
-        "epochs": 100,
-        "batch_size": 24,
-        "accumulation_steps": 1,
-        "lr": 1e-3,
-        "lr_vit": 1e-4,
-        "lr_backbone": 1e-4,
-        "weight_decay": 1e-4,
-    },
-    "sam-med3d": {
-        **OF_ALL,
-        "dataset": "phantom3d",
-        "sam_model": "vit_b_ori",
-        "rel_pos": "published",
-        "epochs": 200,
-        "batch_size": 12,
-        "accumulation_steps": 20,
-        "lr": 8e-5,
-        "lr_vit": 8e-4,
-        "weight_decay": 0.1,
-        "rounds": 11,
-        "no_flips": False,
-        "clicks": "random",
-    },
+USAM, MED3D = MODELS
+SAME = object()  # both models have one default
+MAX_SIZE = 4096  # pixels; SAM's own input has 1024
+MAX_WORKERS, MAX_PROCESSES = 512, 4096
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    default, med3d: its value where it is left out, for u-sam and, if that differs, sam-med3d.
+    shown: the default in words, where its value does not say enough.
+    model: the only model that has it. runs: "eval", "predict": the runs that it belongs to.
+    resume: what becomes of it when a run is resumed from a checkpoint:
+    "" nothing, the flag says what this run does; "kept": the checkpoint's value unless another is
+    given; "decisive": as kept, but another value changes the result and needs --override;
+    "model": also in evaluation and prediction, as it describes the model.
+    type: None for a switch. nargs, metavar: as in argparse. repeated: may be given several times.
+    """
+
+    name: str
+    group: str
+    help: str
+    type: Callable[[str], Any] | None = words
+    choices: tuple[Any, ...] = ()
+    default: Any = None
+    med3d: Any = SAME
+    shown: str = ""
+    model: str = ""
+    runs: tuple[str, ...] = ()
+    resume: str = ""
+    nargs: str | int | None = None
+    metavar: str | tuple[str, ...] | None = None
+    repeated: bool = False
+
+    def default_of(self, model: str) -> Any:
+        """The value for `model` where the flag is left out."""
+        return self.med3d if model == MED3D and self.med3d is not SAME else self.default
+
+    def fits(self, model: str) -> bool:
+        """Whether `model` has this flag."""
+        return self.model in ("", model)
+
+
+_PUBLISHED = RECIPES["published"]
+
+# fmt: off
+FLAGS = (
+    # ------------------------------------------------------------------------------------ data
+    Flag("dataset", "data", "data set to train and evaluate on",
+         choices=(*DATASETS, *VOLUMES), default="rectum", med3d="phantom3d", resume="decisive"),
+    Flag("data_root", "data", "folder of the data set; --dataset volumes takes several",
+         path, nargs="+", metavar="PATH",
+         shown="data/CARE, data/WORD, data/phantom or data/phantom3d"),
+    Flag("classes", "data", "train and evaluate on these classes only",
+         nargs="+", metavar="NAME", model=MED3D, shown="all classes"),
+    Flag("no_flips", "data", "train without mirrored crops",
+         None, default=False, model=MED3D, resume="decisive"),
+    Flag("val_fraction", "data",
+         "fraction of the training cases held out for validation; 0 validates on the test cases, "
+         "as published", number(0, below=1), default=0.1, metavar="F", resume="decisive"),
+    Flag("fold", "data",
+         "number of the cross-validation fold to validate on, from 0; the store must have been "
+         "prepared with --folds", whole(0, 10**6), model=USAM, metavar="K", resume="decisive"),
+    Flag("empty", "data",
+         "training slices without foreground: keep all, drop all, or keep N%",
+         share, model=USAM, metavar="keep|drop|N%", shown="keep; word: drop", resume="decisive"),
+    Flag("num_workers", "data", "DataLoader workers per process; threads in prediction",
+         whole(0, MAX_WORKERS), default=2, metavar="N"),
+    # ----------------------------------------------------------------------------------- model
+    Flag("model", "model", "model: u-sam segments slices, sam-med3d clicked objects in volumes",
+         choices=MODELS, shown="that of --resume, else u-sam"),
+    Flag("sam_model", "model", "size of SAM's image encoder",
+         choices=tuple(dict.fromkeys((*SAM_MODELS, *SAM_MED3D_MODELS))),
+         default="vit_b", med3d="vit_b_ori", resume="model"),
+    Flag("sam_weight", "model",
+         "file of SAM's or SAM-Med3D's weights to start from; none: random weights",
+         metavar="PATH|none", shown="found or downloaded in weight/"),
+    Flag("adapter", "model",
+         "u: SAM within the published U-shaped adapter; none: SAM's own patch embedding and "
+         "decoder", choices=ADAPTERS, default="u", model=USAM, resume="model"),
+    Flag("tuning", "model",
+         "how SAM's encoder is trained: full: all weights, lora: LoRA on queries and values, "
+         "decoder: frozen; everything else is always trained",
+         choices=TUNINGS, default="full", model=USAM, resume="model"),
+    Flag("lora_weight", "model", "file of LoRA weights in SAMed's format to start from "
+         "(.pth, .safetensors)", path, model=USAM, metavar="FILE"),
+    Flag("init", "model",
+         "checkpoint with other classes to start from; weights of equal name and shape are taken",
+         path, model=USAM, metavar="PATH"),
+    Flag("rel_pos", "model",
+         "relative positions of the encoder: as the published weights need them, or corrected",
+         choices=REL_POS, default="published", model=MED3D, resume="model"),
+    Flag("img_size", "model", "side of the input image in pixels, a multiple of 16",
+         whole(16, MAX_SIZE), default=224, model=USAM, metavar="PIXELS", resume="model"),
+    Flag("input", "model",
+         "2d: one slice; 2.5d: the slice between its two neighbours, as three channels",
+         choices=INPUTS, default="2d", model=USAM, resume="model"),
+    Flag("prompt_mode", "model",
+         "prompts: 0 none, 1 boxes, 2 points (3 per class), 3 boxes and points; mixed: trained on "
+         "all four in turn, evaluated without prompts",
+         prompt_mode, choices=(*PROMPT_MODES, MIXED), default=0, model=USAM, resume="model"),
+    Flag("prompt_jitter", "model",
+         "shift of training prompts at random, in pixels (N) or percent of the image's side (N%)",
+         jitter, default="0", model=USAM, metavar="N|N%", resume="decisive"),
+    # -------------------------------------------------------------------------------- training
+    Flag("epochs", "training", "number of passes over the training data",
+         whole(1), default=100, med3d=200, metavar="N", resume="kept"),
+    Flag("batch_size", "training", "batch size per process",
+         whole(1), default=24, med3d=12, metavar="N", resume="kept"),
+    Flag("accumulation_steps", "training", "batches accumulated per optimizer step",
+         whole(1), default=1, med3d=20, metavar="N", resume="decisive"),
+    Flag("lr", "training", "learning rate of the mask decoder and the prompt encoder",
+         number(0), default=1e-3, med3d=8e-5, metavar="RATE", resume="decisive"),
+    Flag("lr_vit", "training", "learning rate of SAM's image encoder",
+         number(0), default=1e-4, med3d=8e-4, metavar="RATE", resume="decisive"),
+    Flag("lr_backbone", "training", "learning rate of the convolutional path",
+         number(0), default=1e-4, model=USAM, metavar="RATE", resume="decisive"),
+    Flag("weight_decay", "training", "weight decay of AdamW",
+         number(0), default=1e-4, med3d=0.1, metavar="DECAY", resume="decisive"),
+    Flag("rounds", "training", "clicks simulated in each training step",
+         whole(1, 1000), default=11, model=MED3D, metavar="N", resume="decisive"),
+    Flag("warmup", "training", "increase the learning rates linearly over the first half epoch",
+         None, default=False, resume="decisive"),
+    Flag("clip_max_norm", "training", "largest gradient norm; 0: no clipping",
+         number(0), default=0.0, metavar="NORM", resume="decisive"),
+    Flag("seed", "training", "random seed",
+         whole(0, 2**63 - 1), default=202307, metavar="N", resume="decisive"),
+    # ---------------------------------------------------------------------------------- recipe
+    Flag("recipe", "recipe",
+         "preset for the flags of this group: as published, or those that scored best in tests",
+         choices=tuple(RECIPES), default="published", model=USAM, resume="kept"),
+    Flag("augment", "recipe",
+         "augmentation: published: quarter turns and flips; strong: small rotation, scale, shift, "
+         "gamma and noise", choices=("published", "strong"), default=_PUBLISHED["augment"],
+         model=USAM, resume="decisive"),
+    Flag("class_weights", "recipe",
+         "weights of the classes in the cross-entropy, background first",
+         class_weights, default=_PUBLISHED["class_weights"], model=USAM,
+         metavar="none|balanced|W,W,...", resume="decisive"),
+    Flag("foreground_share", "recipe",
+         "percentage of an epoch's slices drawn by class, each class equally likely",
+         share, default=_PUBLISHED["foreground_share"], model=USAM, metavar="N%",
+         resume="decisive"),
+    Flag("ema", "recipe",
+         "decay of the weight average that is validated and saved as best.pth, for example 0.99; "
+         "0: no average", number(0, below=1), default=_PUBLISHED["ema"], metavar="DECAY",
+         resume="decisive"),
+    # ------------------------------------------------------------------------------------- run
+    Flag("eval", "run", "evaluate the checkpoint of --resume on the test cases", None),
+    Flag("resume", "run",
+         "checkpoint to continue training from, to evaluate or to predict with; several are "
+         "averaged by --eval and --predict; auto: newest checkpoint in --output_dir, if any",
+         path, nargs="+", metavar="PATH|auto"),
+    Flag("override", "run",
+         "continue although flags or data differ from the checkpoint; each difference is printed",
+         None),
+    Flag("start_epoch", "run", "number of the first epoch, from 0",
+         whole(0), metavar="N", shown="the checkpoint's"),
+    Flag("save_every", "run", "also save within epochs, after this number of optimizer steps",
+         whole(1), metavar="STEPS", shown="off"),
+    Flag("keep", "run", "number of earlier versions of best.pth and last.pth to keep",
+         whole(0, 1000), default=1, metavar="N"),
+    Flag("small_checkpoints", "run",
+         "with --tuning lora or decoder: save without SAM's frozen weights; --resume then needs "
+         "SAM's file", None, default=False, model=USAM, resume="kept"),
+    Flag("export_lora", "run",
+         "write the LoRA weights of --resume in SAMed's format to this file (.pth, .safetensors)",
+         path, model=USAM, metavar="FILE"),
+    Flag("output_dir", "run", "output folder",
+         path, default=Path("chkpt"), metavar="PATH"),
+    Flag("tensorboard", "run", "also write the curves for TensorBoard", None),
+    Flag("device", "run", "device to compute on; auto: CUDA, else Apple's MPS, else the CPU",
+         default="auto", metavar="auto|cuda|mps|cpu"),
+    Flag("amp", "run",
+         "mixed precision: bfloat16, float16 or off; auto: the fastest that trains well on the "
+         "device", choices=("auto", "bf16", "fp16", "off"), default="auto"),
+    Flag("compile", "run", "compile the training step; auto: u-sam on CUDA",
+         choices=("auto", "on", "off"), default="auto"),
+    Flag("checkpoint_activations", "run",
+         "recompute activations in the backward pass: less memory, more time", None),
+    Flag("world_size", "run", "number of processes that srun starts; torchrun sets it itself",
+         whole(1, MAX_PROCESSES), default=1, metavar="N"),
+    Flag("dist_url", "run",
+         "URL for setting up distributed training under srun: tcp://HOST:PORT or file:///PATH",
+         default="env://", metavar="URL"),
+    # ------------------------------------------------------------------------------ evaluation
+    Flag("spacing", "evaluation",
+         "mm between slices, rows and columns, where the data do not say",
+         millimetres, nargs=3, metavar=("Z", "Y", "X"), shown="distances in pixels", model=USAM,
+         runs=("eval",)),
+    Flag("prompt_sweep", "evaluation",
+         "also print the scores of every prompt mode, with exact and with shifted prompts",
+         None, model=USAM, runs=("eval",)),
+    Flag("tta", "evaluation",
+         "average over flipped views of each slice (flip: 4 views), or flipped and rotated ones "
+         "(flip+rot: 8)", choices=TTA, shown="off", model=USAM, runs=("eval", "predict")),
+    Flag("clicks", "evaluation",
+         "where the next click is simulated: anywhere in the error, or in its largest region",
+         choices=("random", "largest"), default="random", model=MED3D, resume="kept"),
+    Flag("merge", "evaluation",
+         "write one report of the cases in several output folders of --eval, such as all folds",
+         path, nargs="+", metavar="FOLDER", model=USAM),
+    # ------------------------------------------------------------------------------ prediction
+    Flag("predict", "prediction",
+         "segment these scans: NIfTI, NRRD or npz files, folders of DICOM series, folders of scans",
+         path, nargs="+", metavar="PATH"),
+    Flag("window", "prediction",
+         "intensity window: LOW HIGH in HU, percentile, or the name of a preset",
+         nargs="+", metavar="W", shown="the checkpoint's", model=USAM, runs=("predict",)),
+    Flag("channel", "prediction", "number of the volume to use in files with several, from 0",
+         whole(0), metavar="N", runs=("predict",)),
+    Flag("box", "prediction",
+         "box prompt in voxels: x1 y1 x2 y2 on --slice; sam-med3d: x1 y1 z1 x2 y2 z2; may be "
+         "repeated", number(), nargs="+", metavar="V", repeated=True, runs=("predict",)),
+    Flag("slice", "prediction", "number of the slice of a --box, from 0, once for each box",
+         whole(0), metavar="K", repeated=True, model=USAM, runs=("predict",)),
+    Flag("point", "prediction",
+         "point prompt in voxels from 0: x y z [label], label 1 object (default) or 0 background; "
+         "may be repeated", number(), nargs="+", metavar="V", repeated=True, runs=("predict",)),
+    Flag("mm", "prediction",
+         "--point, and sam-med3d's --box, are in scanner coordinates (RAS, mm)",
+         None, runs=("predict",)),
+    Flag("prompts", "prediction", "JSON file with the boxes and points of one or more scans",
+         path, metavar="FILE", runs=("predict",)),
+    Flag("init_mask", "prediction", "label map of the scan to refine",
+         path, metavar="PATH", model=MED3D, runs=("predict",)),
+    Flag("probabilities", "prediction", "also write the class probabilities as a 4D NIfTI file",
+         None, model=USAM, runs=("predict",)),
+    Flag("overlay", "prediction", "also write a PNG of the segmentation on evenly spaced slices",
+         None, runs=("predict",)),
+    Flag("largest_component", "prediction",
+         "keep only the largest connected component of each class",
+         None, model=USAM, runs=("predict",)),
+)
+# fmt: on
+
+# Flags of earlier versions, with the value that switched them off.
+REMOVED = {"focal_gamma": 0, "patience": 0}
+DEFAULTS = {
+    model: {flag.name: flag.default_of(model) for flag in FLAGS if flag.resume and flag.fits(model)}
+    for model in MODELS
 }
-ONLY_FOR = {  # flags without a default that one model has
-    "u-sam": (
-        "init", "lora_weight", "export_lora", "ensemble", "spacing", "prompt_sweep", "tta", "merge",
-        "window", "slice", "probabilities", "largest_component",
-    ),
-    "sam-med3d": ("classes", "init_mask"),
-}  # fmt: skip
-DATASETS_3D = ("volumes", "phantom3d")
-BOX_LENGTH = {"u-sam": 4, "sam-med3d": 6}
-DESCRIBED = (  # as a checkpoint's is
-    "sam_model", "adapter", "tuning", "img_size", "input", "prompt_mode", "rel_pos",
-)  # fmt: skip
-NOT_DECISIVE = (  # for a training that goes on
-    "epochs", "patience", "batch_size", "recipe", "clicks", "small_checkpoints",
-)  # fmt: skip
-# What is described thus in checkpoints older than the flag.
-SINCE = {"adapter": "u", "tuning": "full", "input": "2d"}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, not below a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
-
-
-def parse_flags(datasets: Iterable[str], arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked one by one; those left at None take a checkpoint's value or a default.
-
-    datasets: the names --dataset may take. Exits with one line and code 2 on a bad flag.
-    """
-    parser = Parser(
-        description="Tune SAM to segment CT scans.",
-        epilog="Exit codes: 0 done; 2 bad input; 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C, all "
-        "saved; 130 interrupted.",
-    )
-    flag_groups.add_data_flags(parser, datasets)
-    flag_groups.add_model_flags(parser)
-    flag_groups.add_training_flags(parser)
-    flag_groups.add_recipe_flags(parser)
-    flag_groups.add_run_flags(parser)
-    add_evaluation_flags(parser)
-    flag_groups.add_prediction_flags(parser)
-    args = parser.parse_args(arguments)
-    check_evaluation_flags(parser, args)
-    check_validation(parser, args)
-    check_lora_files(parser, args)
-    check_resume(parser, args)
-    check_prediction_flags(parser, args)
-    return args
-
-
-def check_validation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where --val_fraction, --fold or --img_size are out of the question."""
-    if args.val_fraction is not None and not 0 <= args.val_fraction < 1:
-        parser.error(f"--val_fraction {args.val_fraction}: wanted 0 or more and below 1")
-    if args.val_fraction is not None and args.fold is not None:
-        parser.error("--fold says who validates, and so does --val_fraction; give one of them")
-    if args.img_size and args.img_size % 16:
-        parser.error(f"--img_size {args.img_size}: wanted a multiple of 16")
-
-
-def check_lora_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where a LoRA file is named beside what it does not go with."""
-    if args.lora_weight and args.resume not in (None, AUTO):
-        parser.error("--lora_weight is what a run starts from; --resume has its own LoRA")
-    if args.export_lora and args.resume in (None, AUTO):
-        parser.error("--export_lora needs --resume PATH, the checkpoint to take LoRA from")
-    if args.export_lora and (args.eval or args.predict):
-        parser.error("--export_lora writes a file and ends; give it without --eval and --predict")
-
-
-def check_resume(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where --resume does not fit what stands beside it."""
-    if args.eval and not args.resume and args.model != "sam-med3d":
-        parser.error("--eval needs --resume, the checkpoint to evaluate")
-    if args.resume == AUTO:
-        if args.eval or args.predict:
-            parser.error("--resume auto goes on training; name a checkpoint here, as best.pth")
-    elif args.resume and args.init is not None:
-        parser.error("--init is for a fresh start and --resume is none; give one of them")
-
-
-def check_prediction_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with one line where the flags of --predict do not fit together."""
-    if args.predict:
-        if not args.resume and args.model != "sam-med3d":
-            parser.error("--predict needs --resume, the checkpoint to predict with")
-        if args.eval:
-            parser.error("--predict and --eval are two runs; give one of them")
-    marks = {"box": args.box, "slice": args.slice, "point": args.point, "prompts": args.prompts}
-    given = [name for name, value in marks.items() if value is not None]
-    rest = ["window", "channel", "mm", "probabilities", "overlay", "largest_component", "init_mask"]
-    alone = given + [name for name in rest if getattr(args, name) not in (None, False)]
-    if alone and not args.predict:
-        parser.error(f"--{alone[0]} belongs to --predict")
-    if args.prompts and (len(given) > 1 or args.mm):
-        parser.error("--prompts replaces --box, --slice, --point and --mm; give one or the other")
-    if args.slice and len(args.slice) != len(args.box or []):
-        parser.error(f"{len(args.slice)} --slice for {len(args.box or [])} --box; give one each")
-    if any(len(point) not in (3, 4) for point in args.point or []):
-        parser.error("--point wants x y z or x y z label")
-    if args.mm and not args.point and not (args.box and args.model != "u-sam"):
-        parser.error("--mm says what --point is in; there is none")
-
-
-def settle(args: argparse.Namespace, saved: dict[str, Any] | None) -> None:
-    """Fill the flags left out: from `saved`, a checkpoint, what describes its model; else DEFAULTS.
-
-    Training that goes on from `saved` also takes the other values of DEFAULTS from there; the
-    values of a --recipe that is given come before both. A model of mixed prompts is evaluated with
-    none unless told otherwise.
-    Raises ValueError where a flag was given and the checkpoint's model is another, or where the
-    model has no such flag.
-    """
-    described = {}
-    if saved:
-        described["model"] = saved["args"].get("model", "u-sam")
-    args.model = args.model or described.get("model", "u-sam")
-    own = DEFAULTS[args.model]
-    if saved:
-        known = SINCE | saved["args"] | saved["data"]
-        described |= {name: known[name] for name in DESCRIBED if name in own and name in known}
-    check_model_flags(args)
-    defaults = dict(own)
-    if saved and not args.eval and not args.predict:
-        defaults |= {name: value for name, value in saved["args"].items() if name in own}
-    if args.model == "u-sam" and args.recipe:
-        defaults |= RECIPES[args.recipe]
-    for name, value in (defaults | described).items():
-        given = getattr(args, name)
-        if given is None:
-            setattr(args, name, value)
-        elif name in described and given != value and name != "prompt_mode":
-            raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
-    if args.eval and args.model == "u-sam" and args.prompt_mode == MIXED:
-        args.prompt_mode = 0
-
-
-def check_model_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that are not for --model, and --box, --dataset that do not fit.
-
-    A single --data_root comes out as a path, several as a list.
-    """
-    other = {name for flags in DEFAULTS.values() for name in flags} - DEFAULTS[args.model].keys()
-    other |= {name for model, names in ONLY_FOR.items() if model != args.model for name in names}
-    for name in sorted(other):
-        if (given := getattr(args, name)) is not None and given is not False:  # 0 was given, too
-            said = "several --resume are" if name == "ensemble" else f"--{name} is"
-            raise ValueError(f"{said} not for --model {args.model}; leave it out")
-    if args.dataset and (args.dataset in DATASETS_3D) != (args.model == "sam-med3d"):
-        other = next(name for name in DEFAULTS if name != args.model)
-        whose = f"{args.resume} is a {args.model} model" if args.resume else f"--model {args.model}"
-        raise ValueError(f"--dataset {args.dataset} is for --model {other}; {whose}")
-    wanted = BOX_LENGTH[args.model]
-    if any(len(box) != wanted for box in args.box or []):
-        raise ValueError(f"--box wants {wanted} numbers for --model {args.model}")
-    if args.data_root and len(args.data_root) == 1:
-        args.data_root = args.data_root[0]
-    elif args.data_root and args.model == "u-sam":
-        raise ValueError(f"--data_root names {len(args.data_root)} folders, wanted one")
+NOT_DECISIVE = tuple(flag.name for flag in FLAGS if flag.resume == "kept")

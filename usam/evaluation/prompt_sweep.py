@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from usam.cli.choices import PROMPT_MODES
-from usam.cli.recipes import jitter_pixels
+from usam.cli.values import jitter_pixels
 from usam.evaluation.case_metrics import MEAN
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.pixels import count_pixels

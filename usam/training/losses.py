@@ -39,39 +39,28 @@ def segmentation_loss(
     ce_weight: float = 0.4,
     dice_weight: float = 0.6,
     class_weights: Tensor | None = None,
-    focal_gamma: float = 0.0,
 ) -> Tensor:
     """Weighted sum of cross-entropy and Dice loss, the weights as published for U-SAM.
 
     logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). Computed in float32.
-    class_weights (C,) float and focal_gamma change the cross-entropy, see `focal_loss`.
+    class_weights (C,) float: see `cross_entropy`.
     Raises ValueError if batch or spatial sizes differ.
     """
     _check_sizes(logits, target)
-    cross_entropy = focal_loss(logits, target, focal_gamma, class_weights)
-    return ce_weight * cross_entropy + dice_weight * dice_loss(logits, target)
+    dice = dice_loss(logits, target)
+    return ce_weight * cross_entropy(logits, target, class_weights) + dice_weight * dice
 
 
-def focal_loss(
-    logits: Tensor, target: Tensor, gamma: float, class_weights: Tensor | None = None
-) -> Tensor:
-    """Mean of (1 - p) ** gamma times the cross-entropy, p the probability of the true class.
+def cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of all pixels, in float32.
 
-    logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). gamma 0 is plain
-    cross-entropy. class_weights (C,) float, on the logits' device, weigh each pixel by its true
-    class; the mean is then over weights. In float32.
-    Source: Lin et al. 2017, equation 5.
+    logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). class_weights (C,) float,
+    on the logits' device, weigh each pixel by its true class; the mean is then over weights.
     """
     logits = logits.float()
-    if not gamma and class_weights is None:
-        return F.cross_entropy(logits, target)
-    loss = F.cross_entropy(logits, target, reduction="none")
-    # expm1 keeps the digits of 1 - p near p = 1; at 0 a power below 1 would have no gradient.
-    if gamma:
-        loss = (-torch.expm1(-loss)).clamp(min=1e-6) ** gamma * loss
     if class_weights is None:
-        return loss.mean()
-    weights = class_weights[target]
+        return F.cross_entropy(logits, target)
+    loss, weights = F.cross_entropy(logits, target, reduction="none"), class_weights[target]
     return (weights * loss).sum() / weights.sum().clamp(min=1e-6)  # all 0: no class that counts
 
 

@@ -22,7 +22,7 @@ from usam.weights.checkpoint_parts import PLAIN
 FORMAT = 1
 PROJECT = Path(__file__).resolve().parents[2]
 NOT_TRAINED_ON = ("colors", "dataset", "prompt_mode")  # of "data"; the latter two are flags
-ONLY_SAID = ("epochs", "patience", "batch_size", "num_workers", "device", "amp", "compile")
+ONLY_SAID = ("epochs", "batch_size", "num_workers", "device", "amp", "compile")
 AROUND = {"world_size": "processes", "precision": "precision", "revision": "revision"}
 STEP = "samples a step (--batch_size x processes)"
 

@@ -52,7 +52,7 @@ def train(args: Namespace, precision: Precision, job: Job, saved: Saved, stop: S
     stop.watch()
     if run.is_over:
         done = f"{run.progress.epoch} epochs are done, --epochs is {args.epochs}"
-        say(f"nothing left to train: {done}; a larger --epochs or --patience goes on")
+        say(f"nothing left to train: {done}; a larger --epochs goes on")
     while not run.is_over:
         if stop.asked(at_once=True):
             run.leave()
@@ -129,12 +129,8 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether all epochs are done, or the last `--patience` of them were not better."""
-        if self.line:
-            return False
-        epoch, best = self.progress.epoch, self.best["epoch"]
-        waited = 0 if best is None else epoch - 1 - best
-        return epoch >= self.args.epochs or 0 < self.args.patience <= waited
+        """Whether all epochs are done."""
+        return not self.line and self.progress.epoch >= self.args.epochs
 
     def train_epoch(self) -> None:
         """Train the epoch, or the rest of it, up to its validation; leaves if asked to."""

@@ -1,0 +1,137 @@
+"""Which flags go together: checks of the flags against each other, and against the model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+
+from usam.cli.choices import AUTO, MODELS, VOLUMES
+from usam.cli.flags import FLAGS, MAX_WORKERS, MED3D, USAM
+
+BOX_LENGTH = {USAM: 4, MED3D: 6}
+WORKERS_PER_CORE = 4  # more are slower, not faster
+
+# Two flags of which one at most may be given, and why.
+EXCLUSIVE = (
+    ("predict", "eval", "they are separate runs"),
+    ("val_fraction", "fold", "both choose the validation cases"),
+    ("export_lora", "eval", "--export_lora only writes a file"),
+    ("export_lora", "predict", "--export_lora only writes a file"),
+    ("lora_weight", "resume", "the checkpoint of --resume has LoRA weights of its own"),
+    ("init", "resume", "--init is for a new training"),
+    ("merge", "eval", "--merge reads the output folders of earlier --eval runs"),
+    ("merge", "predict", "--merge reads the output folders of earlier --eval runs"),
+    ("merge", "resume", "--merge reads the output folders of earlier --eval runs"),
+    ("prompts", "box", "the file of --prompts replaces it"),
+    ("prompts", "slice", "the file of --prompts replaces it"),
+    ("prompts", "point", "the file of --prompts replaces it"),
+    ("prompts", "mm", "the file of --prompts has its own \"mm\""),
+)  # fmt: skip
+
+
+def check_flags(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits with one line where flags do not go together.
+
+    Several --resume become `resume`, the first, and `ensemble`, the others or None.
+    """
+    args.resume, *others = args.resume or [None]
+    args.ensemble = others or None
+    check_pairs(parser, args)
+    check_resume(parser, args)
+    check_prompts(parser, args)
+    check_counts(parser, args)
+
+
+def is_given(args: Namespace, name: str) -> bool:
+    """Whether a flag was given; `--resume auto` is no checkpoint to start from."""
+    value = getattr(args, name)
+    return value is not None and value is not False and not (name == "resume" and value == AUTO)
+
+
+def check_pairs(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits where a flag is given without the run it is for, or two that exclude each other."""
+    for flag in FLAGS:
+        if flag.runs and is_given(args, flag.name) and not any(getattr(args, r) for r in flag.runs):
+            parser.error(f"--{flag.name} needs {' or '.join(f'--{run}' for run in flag.runs)}")
+    for first, second, reason in EXCLUSIVE:
+        if is_given(args, first) and is_given(args, second):
+            parser.error(f"--{first} and --{second} cannot be combined: {reason}")
+
+
+def check_resume(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits where a run needs a checkpoint, or another kind of --resume."""
+    for run in ("eval", "predict", "export_lora"):
+        if not is_given(args, run):
+            continue
+        if args.resume == AUTO:
+            parser.error(f"--{run} needs the path of a checkpoint: --resume best.pth, not auto")
+        if args.resume is None and (run == "export_lora" or args.model != MED3D):
+            parser.error(f"--{run} needs --resume PATH, the checkpoint to use")
+    if args.ensemble and AUTO in (args.resume, *args.ensemble):
+        parser.error("--resume auto is one checkpoint; name several by their paths")
+    if args.ensemble and not (args.eval or args.predict):
+        parser.error(
+            f"--resume names {1 + len(args.ensemble)} checkpoints; training continues from one, "
+            "only --eval and --predict average several"
+        )
+
+
+def check_prompts(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits where --box, --slice, --point and --mm do not fit together."""
+    boxes, slices, points = args.box or [], args.slice or [], args.point or []
+    if slices and len(slices) != len(boxes):
+        parser.error(f"--slice is given {len(slices)}x and --box {len(boxes)}x; give one per box")
+    if any(len(point) not in (3, 4) for point in points):
+        parser.error("--point: expected x y z or x y z label")
+    if any(len(point) == 4 and point[3] not in (0, 1) for point in points):
+        parser.error("--point: the label must be 1 (object) or 0 (background)")
+    if args.mm and not points and (not boxes or args.model == USAM):
+        parser.error("--mm needs --point, or --box with --model sam-med3d")
+
+
+def check_counts(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits for sizes and numbers of processes that cannot work; warns of many processes."""
+    if args.img_size and args.img_size % 16:
+        parser.error(f"--img_size {args.img_size}: expected a multiple of 16")
+    try:
+        here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    except ValueError:
+        here, is_first = 1, True  # named when the processes are started
+    workers, cores = here * args.num_workers, os.cpu_count() or 1
+    if workers > MAX_WORKERS:
+        parser.error(
+            f"--num_workers {args.num_workers} in {here} processes: {workers} workers, "
+            f"at most {MAX_WORKERS} are allowed"
+        )
+    if workers > WORKERS_PER_CORE * cores and is_first:
+        print(
+            f"warning: {workers} DataLoader workers on {cores} CPU cores; "
+            f"--num_workers {max(1, cores // here)} is usually faster",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def check_model_flags(args: Namespace) -> None:
+    """Raises ValueError for flags that --model does not have, and a --box or --dataset not for it.
+
+    A single --data_root becomes a path, several stay a list.
+    """
+    for flag in FLAGS:
+        if not flag.fits(args.model) and is_given(args, flag.name):
+            raise ValueError(f"--{flag.name} is not for --model {args.model}; leave it out")
+    if args.ensemble and args.model == MED3D:
+        raise ValueError(f"several --resume are not for --model {args.model}; give one")
+    if args.dataset and (args.dataset in VOLUMES) != (args.model == MED3D):
+        other = next(name for name in MODELS if name != args.model)
+        whose = f"{args.resume} is a {args.model} model" if args.resume else f"--model {args.model}"
+        raise ValueError(f"--dataset {args.dataset} is for --model {other}; {whose}")
+    expected = BOX_LENGTH[args.model]
+    if any(len(box) != expected for box in args.box or []):
+        raise ValueError(f"--box: expected {expected} numbers for --model {args.model}")
+    if args.data_root and len(args.data_root) == 1:
+        args.data_root = args.data_root[0]
+    elif args.data_root and args.model == USAM:
+        raise ValueError(f"--data_root names {len(args.data_root)} folders; give one")

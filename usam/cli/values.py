@@ -1,0 +1,111 @@
+"""The values of flags: each function turns a text into the value or says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+LARGEST = 10**9  # of any count
+SHOWN = 60  # characters of a wrong value that are repeated
+
+
+def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise wrong(text, f"a whole number from {least} to {most}")
+        return number
+
+    return parse
+
+
+def number(least: float = -math.inf, *, below: float = math.inf) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number of `least` or more, and less than `below`."""
+
+    def parse(text: str) -> float:
+        value = as_float(text)
+        if not (least <= value < below and math.isfinite(value)):
+            bounds = "" if least == -math.inf else f" of {least:g} or more"
+            bounds += "" if below == math.inf else f", below {below:g}"
+            raise wrong(text, f"a finite number{bounds}")
+        return value
+
+    return parse
+
+
+def millimetres(text: str) -> float:
+    """The size of a voxel in mm: above 0, within what scanners and microscopes give."""
+    value = as_float(text)
+    if not 1e-4 <= value <= 1e4:
+        raise wrong(text, "a length in mm from 0.0001 to 10000")
+    return value
+
+
+def path(text: str) -> Path:
+    """A path, which may not be empty."""
+    if not text or "\0" in text:
+        raise wrong(text, "a path")
+    return Path(text)
+
+
+def words(text: str) -> str:
+    """A text, which may not be empty."""
+    if not text.strip():
+        raise wrong(text, "a name or value; it is empty")
+    return text
+
+
+def share(text: str) -> float:
+    """A fraction from 0 to 1, given as `keep` (1), `drop` (0) or `N%`."""
+    percent = {"keep": 100.0, "drop": 0.0}.get(text)
+    percent = as_float(text.removesuffix("%")) if percent is None else percent
+    if not 0 <= percent <= 100:
+        raise wrong(text, "keep, drop or a percentage from 0% to 100%")
+    return percent / 100
+
+
+def prompt_mode(text: str) -> int | str:
+    """A key of PROMPT_MODES or MIXED; anything else as it is, for argparse to refuse."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 3 else text
+
+
+def jitter(text: str) -> str:
+    """`N` pixels or `N%` of the image's side, less than the whole image; kept as text."""
+    if not 0 <= as_float(text.removesuffix("%")) < (100 if text.endswith("%") else math.inf):
+        raise wrong(text, "a number of pixels like 4, or a percentage like 2% below 100%")
+    return text
+
+
+def jitter_pixels(text: str, img_size: int) -> float:
+    """The value of `--prompt_jitter` in pixels, for images of side `img_size`."""
+    number = float(text.removesuffix("%"))
+    return number * img_size / 100 if text.endswith("%") else number
+
+
+def class_weights(text: str) -> str:
+    """`none`, `balanced` or numbers separated by commas; kept as text."""
+    numbers = [] if text in ("none", "balanced") else text.split(",")
+    if not all(0 <= as_float(number) < math.inf for number in numbers):
+        raise wrong(text, "none, balanced or numbers like 1,2,4")
+    return text
+
+
+def as_float(text: str) -> float:
+    """`text` as a number; NaN where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def wrong(text: str, expected: str) -> argparse.ArgumentTypeError:
+    """The error that says that `text` is not what was expected; long texts are cut."""
+    shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return argparse.ArgumentTypeError(f"{shown!r} is not {expected}")
