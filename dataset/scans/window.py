@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dataset.text import counted
+
 Window = tuple[float, float] | str | None
 
 WINDOWS = {
@@ -20,6 +22,8 @@ WINDOWS = {
 }
 PERCENTILES = (0.5, 99.5)
 MAX_SAMPLED = 2**24  # voxels that percentiles are taken from
+MIN_GREYS = 16  # of a scan in its window; fewer are a wrong window or no scan
+MAX_SATURATED = 0.95  # share of the voxels above black that may be white
 STORED_RANGE = (0.0, 1.0)  # CARE's own scale, for a store without a window
 
 
@@ -47,7 +51,8 @@ def parse_window(words: Sequence[str | float]) -> Window:
 def window_limits(slices: np.ndarray, window: Window) -> tuple[float, float]:
     """(low, high) in the scan's units; "percentile" takes 0.5 and 99.5 % of the volume.
 
-    Percentiles come from at most 2^24 voxels on a regular in-plane grid. None is CARE's [0, 1].
+    Percentiles come from at most 2^24 voxels on a regular in-plane grid; where they are equal the
+    upper limit is one above. None is CARE's [0, 1].
     """
     if window is None:
         return STORED_RANGE
@@ -55,7 +60,7 @@ def window_limits(slices: np.ndarray, window: Window) -> tuple[float, float]:
         return parse_window([window] if isinstance(window, str) else list(window))
     step = math.ceil(math.sqrt(slices.size / MAX_SAMPLED))
     low, high = np.percentile(slices[:, ::step, ::step], PERCENTILES)
-    return float(low), float(high)
+    return float(low), float(high if high > low else low + 1)
 
 
 def apply_window(slices: np.ndarray, window: Window) -> np.ndarray:
@@ -77,3 +82,30 @@ def apply_window(slices: np.ndarray, window: Window) -> np.ndarray:
         np.clip(scaled, 0, 255, out=scaled)
         out[k] = scaled
     return out
+
+
+def window_misfit(slices: np.ndarray, window: Window) -> str:
+    """Why a window does not suit a scan, as a part of a sentence; empty if it does.
+
+    slices (S, H, W) in the scan's units, of which at most 2^24 voxels are looked at. A window
+    suits if it leaves at least 16 grey values and at most 95 % of the voxels above black white.
+    """
+    step = math.ceil(math.sqrt(slices.size / MAX_SAMPLED))
+    sample = slices[:, ::step, ::step]
+    low, high = float(sample.min()), float(sample.max())
+    if low == high:
+        return f"every voxel is {low:g}"
+    counts = np.bincount(apply_window(sample, window).ravel(), minlength=256)
+    limits = " to ".join(f"{value:g}" for value in window_limits(slices, window))
+    greys, above_black = int(np.count_nonzero(counts)), int(counts[1:].sum())
+    if greys < MIN_GREYS:
+        return (
+            f"the window {limits} leaves {counted(greys, 'grey value')}; the scan's values are "
+            f"{low:g} to {high:g}"
+        )
+    if counts[255] > MAX_SATURATED * above_black:
+        return (
+            f"the window {limits} makes {counts[255] / above_black:.0%} of all voxels above black "
+            f"white; the scan's values are {low:g} to {high:g}"
+        )
+    return ""

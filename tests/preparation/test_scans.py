@@ -19,7 +19,7 @@ from dataset import care as rectum
 from dataset.scans.in_plane import body_box, crop, resample_in_plane
 from dataset.scans.orientation import SliceStack, from_canonical, to_canonical
 from dataset.scans.read import read_label, read_scan
-from dataset.scans.window import apply_window, parse_window, window_limits
+from dataset.scans.window import apply_window, parse_window, window_limits, window_misfit
 from dataset.scans.write import write_label_map
 
 SHAPE = (7, 6, 5)  # x, y, z
@@ -239,6 +239,22 @@ def test_percentiles_ignore_outliers_and_constants():
     low, high = window_limits(slices, "percentile")
     assert (low, high) == pytest.approx((49.995, 9949.005))
     assert not apply_window(np.full((2, 3, 3), 7, np.int16), "percentile").any()
+
+
+def test_a_window_that_does_not_suit_a_scan_is_named():
+    hu = np.random.default_rng(0).normal(0, 300, (5, 32, 32)).astype(np.int16)
+    assert window_misfit(hu, (-160, 240)) == window_misfit(hu, "percentile") == ""
+    assert "leaves 2 grey values" in window_misfit((hu / 2000 + 0.5).clip(0, 1), (-160, 240))
+    assert "leaves 1 grey value;" in window_misfit(hu + 3000, (-160, 240))
+    assert "makes 99% of all voxels above black white" in window_misfit(hu * 4 + 3000, (-160, 240))
+    assert window_misfit(np.full((2, 3, 3), 7), "percentile") == "every voxel is 7"
+
+
+def test_percentiles_of_a_scan_with_few_bright_voxels_differ():
+    few = np.zeros((2, 50, 50))
+    few[0, 0, :3] = 5.0
+    assert window_limits(few, "percentile") == (0, 1)
+    assert apply_window(few, window_limits(few, "percentile"))[0, 0, :4].tolist() == [255] * 3 + [0]
 
 
 def test_windows_are_parsed_by_name_or_number():
