@@ -1,4 +1,4 @@
-"""Text that people read: counted nouns with the right singular and plural."""
+"""Text that people read: counted nouns, names made safe to print, cells made safe in CSV files."""
 
 from __future__ import annotations
 
@@ -17,3 +17,23 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
         else:
             plural = f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""`text` without characters that steer a terminal or hide others: they become escapes (\x1b).
+
+    Those are control characters, line breaks, invisible and direction marks, and bytes of file
+    names that are not UTF-8. keep: characters that stay, such as line breaks in longer texts.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
+def csv_cell(value: object) -> str:
+    """A value for a CSV file that spreadsheets take for text or a number, never for a formula.
+
+    A text that starts with = + - @ gets an apostrophe before it; numbers stay numbers.
+    """
+    text = printable(value)
+    if isinstance(value, int | float) or not text.startswith(("=", "+", "-", "@")):
+        return text
+    return f"'{text}"
