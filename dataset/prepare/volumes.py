@@ -21,11 +21,10 @@ from dataset.prepare.folder import check_names, check_output, pack_all, sweep
 from dataset.prepare.packing import NPY_HEADER, file_blocks, plain_name
 from dataset.prepare.sources import CaseFiles, Source, class_table
 from dataset.prepare.volume_sources import LAYOUT, class_of, find_volumes, is_layout, patient_of
-from dataset.scans.grid import Grid, resample_label
 from dataset.scans.header import Scan
 from dataset.scans.orientation import geometry_difference
 from dataset.scans.read import read_label
-from dataset.scans.volumes import ScanVolume, read_volume
+from dataset.scans.volumes import Grid, ScanVolume, read_volume, resample_label
 from dataset.splits import hold_out
 from dataset.store.places import packed_place, packed_places
 from dataset.store.slices import Entry

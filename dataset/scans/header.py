@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 MAX_VOXELS = 2**30  # four times a 512 x 512 x 1000 scan
 MAX_DEFLATE_RATIO = 1040  # deflate cannot pack tighter than 1032 : 1
+SHEAR_LIMIT = 0.05  # mm at the corners: below it slices count as perpendicular to their axis
+PLAUSIBLE_MM = (0.01, 50.0)  # sides of a voxel
 
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """What a scan's header says; no patient data is ever kept.
+    """The header of a scan; patient data is never kept.
 
-    shape (I, J, K) voxels in file order; channels beyond the third axis; dtype as stored;
+    shape (I, J, K) voxels in file order; channels: volumes in the file; dtype as stored;
     affine (4, 4) float64 voxel index -> RAS mm, None for an npz slice; oriented is False where
-    the file states no orientation (NIfTI without sform and qform) and RAS axes are guessed; sized
-    is False where it states no voxel size, and 1 is put in its place. nifti: the first bytes of a
-    NIfTI file, its header. remarks: what a user should know of the header, a line each.
+    the file states no orientation and its axes are guessed; sized is False where it states no
+    voxel size, and 1 stands in its place. nifti: the first bytes of a NIfTI file, its header.
+    remarks: what a user should know about the header, one line each.
     """
 
     path: Path
@@ -48,6 +50,10 @@ class ScanHeader:
             return None
         return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
 
+    def with_remarks(self, *lines: str) -> ScanHeader:
+        """The header with further remarks."""
+        return replace(self, remarks=(*self.remarks, *lines))
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -61,7 +67,7 @@ class Scan:
 
     @property
     def path(self) -> Path:
-        """Where the scan was read from."""
+        """The file or folder that the scan was read from."""
         return self.header.path
 
     @property
@@ -71,7 +77,7 @@ class Scan:
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
-        """Voxel size (i, j, k) in mm, file order; None for an npz slice."""
+        """Voxel size (i, j, k) in mm, file order; None where it is not known."""
         return self.header.spacing
 
 
@@ -80,8 +86,17 @@ def size_text(shape: tuple[int, ...]) -> str:
     return " x ".join(str(int(length)) for length in shape)
 
 
+def mm_text(sizes: np.ndarray | tuple[float, ...]) -> str:
+    """Lengths as people write them: 0.8 x 0.8 x 2.5 mm."""
+    return " x ".join(f"{float(size):.4g}" for size in sizes) + " mm"
+
+
 def check_header(header: ScanHeader, *, claimed: int | None, available: int) -> ScanHeader:
-    """The header, once its sizes and affine are sane; claimed and available are bytes."""
+    """The header with remarks on its place, if its sizes and affine are possible.
+
+    claimed and available: bytes of voxels. Raises ValueError for absurd sizes and for an affine
+    that is not finite or not invertible.
+    """
     path, voxels = header.path, math.prod(header.shape)
     if min(header.shape) < 1 or voxels > MAX_VOXELS:
         raise ValueError(
@@ -94,15 +109,72 @@ def check_header(header: ScanHeader, *, claimed: int | None, available: int) -> 
         )
     if header.affine is None:
         return header
-    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: affine is not finite and invertible: {header.affine.tolist()}")
-    return header
+    _check_affine(path, header.affine)
+    return header.with_remarks(*_place_remarks(header))
+
+
+def _check_affine(path: Path, affine: np.ndarray) -> None:
+    """Raises ValueError unless the affine is finite and invertible."""
+    if not np.isfinite(affine).all():
+        raise ValueError(f"{path}: the header's voxel-to-mm matrix holds NaN or infinity")
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if sizes.min() == 0 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-6:
+        raise ValueError(
+            f"{path}: the header's voxel-to-mm matrix is singular: {affine[:3].tolist()}"
+        )
+
+
+def _place_remarks(header: ScanHeader) -> list[str]:
+    """A line for a missing orientation or size, for sheared slices and for absurd voxel sizes."""
+    lines = []
+    if not header.oriented:
+        lines.append("states no orientation; the axes of its voxels are guessed")
+    if not header.sized:
+        lines.append("states no voxel size; volumes are given in voxels, not in ml")
+        return lines
+    low, high = min(header.spacing), max(header.spacing)
+    if low < PLAUSIBLE_MM[0] or high > PLAUSIBLE_MM[1]:
+        lines.append(f"voxels of {mm_text(header.spacing)}: is the unit in its header right?")
+    if shear_mm(header.affine, header.shape) > SHEAR_LIMIT:
+        lines.append(
+            f"gantry tilt or shear of {shear_degrees(header.affine):.1f} degrees: ITK-based viewers"
+            " (3D Slicer, ITK-SNAP) cannot place its label map; nibabel can"
+        )
+    return lines
+
+
+def without_shear(affine: np.ndarray) -> np.ndarray:
+    """The affine with its axes replaced by the nearest perpendicular ones, as a qform has them."""
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    u, _, v = np.linalg.svd(affine[:3, :3] / sizes)
+    straight = affine.copy()
+    straight[:3, :3] = (u @ v) * sizes
+    return straight
+
+
+def shear_mm(affine: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far a corner voxel of a grid lies from where it would lie without shear, in mm."""
+    return corners_apart(affine, without_shear(affine), shape)
+
+
+def shear_degrees(affine: np.ndarray) -> float:
+    """The largest difference from a right angle between two axes, in degrees."""
+    i, j, k = (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).T
+    cosines = np.abs([i @ j, j @ k, i @ k]).clip(max=1)
+    return float(np.degrees(np.arcsin(cosines)).max())
+
+
+def corners_apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
+    """The largest distance, in mm, between two places of a corner voxel of a grid of `shape`."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape[:3]) - 1)
+    apart = corners @ (first - second)[:3, :3].T + (first - second)[:3, 3]
+    return float(np.linalg.norm(apart, axis=1).max())
 
 
 def as_volume(path: Path, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
-    """(I, J, K) and the number of channels behind it; refuses images of fewer than three axes."""
+    """(I, J, K) and the number of volumes behind it; refuses images of fewer than three axes."""
     if len(shape) < 3:
-        raise ValueError(f"{path}: a 2D image of {size_text(shape)}; wanted a volume")
+        raise ValueError(f"{path}: a 2D image of {size_text(shape)}; expected a volume")
     i, j, k = (int(length) for length in shape[:3])
     return (i, j, k), int(math.prod(shape[3:]))
 

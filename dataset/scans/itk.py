@@ -1,8 +1,13 @@
-"""NRRD and MetaImage files, read through SimpleITK; nothing but geometry and voxels is taken."""
+"""NRRD and MetaImage files, read through SimpleITK; what it ignores is read from their text."""
 
 from __future__ import annotations
 
 import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +22,67 @@ from dataset.scans.header import (
 )
 
 RAS_FROM_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+HEADER_TEXT_BYTES = 2**16
+ANATOMICAL_SPACES = {  # of NRRD; SimpleITK turns all of them to LPS
+    *("right-anterior-superior", "left-anterior-superior", "left-posterior-superior"),
+    *("ras", "las", "lps"),
+}
+MM_PER_UNIT = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001, "µm": 0.001, "?": 1.0, "": 1.0}
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 
-def open_header(path: Path) -> sitk.ImageFileReader:
-    """SimpleITK reader of one file with its header read; errors never quote DICOM tags."""
+@dataclass(frozen=True)
+class ItkFile:
+    """An NRRD or MetaImage file whose header was read."""
+
+    header: ScanHeader
+
+    def voxels(self, channel: int) -> np.ndarray:
+        """(I, J, K) voxels of one channel; vector components count before repeats."""
+        path = self.header.path
+        try:
+            with quiet():
+                image = sitk.ReadImage(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: SimpleITK cannot read its voxels{_reason(error)}") from None
+        i, j, k = self.header.shape
+        components = image.GetNumberOfComponentsPerPixel()
+        stored = sitk.GetArrayViewFromImage(image).reshape(-1, k, j, i, components)
+        repeat, component = divmod(channel, components)
+        return as_stored(path, stored[repeat, ..., component])
+
+
+def open_itk(path: Path) -> ItkFile:
+    """An NRRD or MetaImage file with its header read; ValueError for what cannot be a volume."""
+    is_nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    text = _header_text(path)
+    unit, facts, remarks = (_nrrd_facts if is_nrrd else _metaimage_facts)(path, text)
+    data_file = text.get("data file", text.get("datafile", text.get("elementdatafile", "LOCAL")))
+    is_attached = data_file.upper() == "LOCAL" or (is_nrrd and path.suffix.lower() == ".nrrd")
+    if not is_attached and not re.search(r"%|^LIST", data_file):
+        voxel_file = path.parent / data_file
+        if not voxel_file.is_file():
+            raise ValueError(f"{path}: its voxels should lie in {data_file}, which is not there")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with quiet():
+            reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ValueError(f"{path}: SimpleITK cannot read its header") from error
-    return reader
+        raise ValueError(f"{path}: SimpleITK cannot read its header{_reason(error)}") from None
+    shape, channels = as_volume(path, tuple(reader.GetSize()))
+    channels *= reader.GetNumberOfComponents()
+    dtype = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    affine = _affine(reader)
+    affine[:3] *= unit
+    header = ScanHeader(path, "nrrd", shape, channels, dtype, affine, remarks=remarks, **facts)
+    claimed = math.prod(shape) * channels if is_attached else None  # at least a byte a voxel
+    available = path.stat().st_size * MAX_DEFLATE_RATIO
+    return ItkFile(check_header(header, claimed=claimed, available=available))
 
 
-def itk_affine(reader: sitk.ImageFileReader) -> np.ndarray:
+def _affine(reader: sitk.ImageFileReader) -> np.ndarray:
     """(4, 4) index -> RAS mm from an ITK header, which is in LPS."""
     dims = reader.GetDimension()
     direction = np.array(reader.GetDirection(), dtype=np.float64).reshape(dims, dims)[:3, :3]
@@ -42,35 +92,106 @@ def itk_affine(reader: sitk.ImageFileReader) -> np.ndarray:
     return RAS_FROM_LPS @ affine
 
 
-def itk_header(path: Path) -> ScanHeader:
-    """Header of an NRRD or MetaImage file; raises ValueError for what cannot be a volume."""
-    reader = open_header(path)
-    size = tuple(reader.GetSize())
-    shape, channels = as_volume(path, size)
-    channels *= reader.GetNumberOfComponents()
-    dtype = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    affine = itk_affine(reader)
-    header = ScanHeader(path, "nrrd", shape, channels, dtype, affine)
-    attached = path.suffix.lower() != ".nhdr"
-    claimed = math.prod(shape) * channels if attached else None  # at least a byte a voxel
-    return check_header(header, claimed=claimed, available=path.stat().st_size * MAX_DEFLATE_RATIO)
+def _header_text(path: Path) -> dict[str, str]:
+    """Fields of an NRRD or MetaImage header, with keys in lower case."""
+    with path.open("rb") as stream:
+        block = stream.read(HEADER_TEXT_BYTES).decode("latin-1").replace("\r\n", "\n")
+    fields: dict[str, str] = {}
+    if block.startswith("NRRD"):
+        for line in block.split("\n\n", 1)[0].split("\n")[1:]:
+            key, colon, value = line.partition(": ")
+            if colon and not key.startswith("#"):
+                fields[key.strip().lower()] = value.strip()
+        return fields
+    for line in block.split("\n"):
+        key, equals, value = line.partition("=")
+        if not equals:
+            continue
+        fields[key.strip().lower()] = value.strip()
+        if key.strip().lower() == "elementdatafile":
+            break  # it comes last; voxels may follow
+    return fields
 
 
-def itk_voxels(path: Path, header: ScanHeader, channel: int) -> np.ndarray:
-    """(I, J, K) voxels of one channel of a file; vector components count before repeats."""
+Facts = tuple[float, dict[str, bool], tuple[str, ...]]
+
+
+def _nrrd_facts(path: Path, text: dict[str, str]) -> Facts:
+    """(mm per unit, whether oriented and sized, remarks) of an NRRD header's text."""
+    units = set(re.findall(r'"([^"]*)"', text.get("space units", ""))) - {""}
+    unit, remarks = _unit_of(path, "space units", units)
+    space = text.get("space", "").lower().removesuffix("-time").removesuffix("t")
+    facts = {
+        "oriented": space in ANATOMICAL_SPACES,
+        "sized": "space directions" in text or "spacings" in text,
+    }
+    return unit, facts, remarks
+
+
+def _metaimage_facts(path: Path, text: dict[str, str]) -> Facts:
+    """(mm per unit, whether oriented and sized, remarks) of a MetaImage header's text."""
+    for key, plain in {"slope": 1.0, "offset": 0.0}.items():
+        value = text.get(f"elementtointensityfunction{key}")
+        if value is not None and _number(value) != plain:
+            raise ValueError(f"{path}: an intensity {key} of {value:.20} is not supported")
+    is_local = text.get("elementdatafile", "LOCAL").upper() == "LOCAL"
+    if is_local and _number(text.get("headersize", "0")) not in (0, -1):
+        raise ValueError(f"{path}: HeaderSize belongs to voxels in a file of their own")
+    named = {text["distanceunits"].lower()} if "distanceunits" in text else set()
+    unit, remarks = _unit_of(path, "DistanceUnits", named)
+    turns = {"transformmatrix", "rotation", "orientation"}
+    facts = {
+        "oriented": bool(turns & set(text)),
+        "sized": bool({"elementspacing", "elementsize"} & set(text)),
+    }
+    return unit, facts, remarks
+
+
+def _unit_of(path: Path, field: str, units: set[str]) -> tuple[float, tuple[str, ...]]:
+    """(mm per unit, remarks) of the unit of length that a header names; mm without any."""
+    factors = {MM_PER_UNIT.get(unit.removeprefix("met_distance_units_")) for unit in units}
+    if None in factors or len(factors) > 1:
+        raise ValueError(f"{path}: {field} {', '.join(sorted(units)):.60} not supported; use mm")
+    factor = factors.pop() if factors else 1.0
+    if factor == 1:
+        return factor, ()
+    return factor, (f"{field} is {units.pop()}: scaled to mm, which ITK-based viewers do not do",)
+
+
+def _number(text: str) -> float:
     try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: SimpleITK cannot read its voxels") from error
-    i, j, k = header.shape
-    components = image.GetNumberOfComponentsPerPixel()
-    stored = sitk.GetArrayViewFromImage(image).reshape(-1, k, j, i, components)
-    repeat, component = divmod(channel, components)
-    return native(path, stored[repeat, ..., component])
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
-def native(path: Path, stored: np.ndarray) -> np.ndarray:
+def as_stored(path: Path, stored: np.ndarray) -> np.ndarray:
     """ITK's (K, J, I) as (I, J, K), copied out of ITK's memory and narrowed."""
     if stored.dtype.kind in "iu" and stored.min() >= -32768 and stored.max() <= 32767:
         stored = stored.astype(np.uint8 if stored.dtype == np.uint8 else np.int16)
     return np.array(narrow(path, stored)).transpose(2, 1, 0)
+
+
+def _reason(error: Exception) -> str:
+    """Last line of an ITK error in brackets, without object addresses and paths."""
+    line = (str(error).strip().splitlines() or [""])[-1]
+    line = re.sub(r"^.*ITK ERROR: |\w+\(0x[0-9a-f]+\): |\(0x[0-9a-f]+\)", "", line)
+    line = re.sub(r"/\S+/", "", line).strip()[:120]
+    return f" ({line})" if line else ""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context in which libraries that print to stderr on their own, as GDCM does, are silent."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

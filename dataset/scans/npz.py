@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,27 @@ NUMPY_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
-def npz_header(path: Path) -> ScanHeader:
-    """Header of the member `image`, (X, Y): one slice, stored transposed, as (X, Y, 1)."""
+@dataclass(frozen=True)
+class CareSlice:
+    """A CARE slice whose header was read."""
+
+    header: ScanHeader
+
+    def voxels(self, channel: int) -> np.ndarray:
+        """The image as (X, Y, 1), in the file's own dtype."""
+        assert channel == 0
+        path = self.header.path
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                image = archive["image"]
+        except (OSError, EOFError, ValueError, RuntimeError, *_ZIP_ERRORS) as error:
+            raise ValueError(f"{path}: not a readable CARE slice ({first_line(error)})") from error
+        narrow(path, image)  # finite; kept as it is, so that it is scaled as it was packed
+        return image[:, :, None]
+
+
+def open_npz(path: Path) -> CareSlice:
+    """The member `image`, (X, Y), of a CARE slice, which is stored transposed, as (X, Y, 1)."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo("image.npy").compress_type not in NUMPY_COMPRESSIONS:
@@ -35,19 +55,9 @@ def npz_header(path: Path) -> ScanHeader:
         raise ValueError(f"{path}: not a CARE slice ({first_line(error)})") from error
     if len(shape) != 2 or dtype.kind not in "iufb":
         raise ValueError(
-            f"{path}: image is {size_text(shape):.80} {dtype!s:.40}; wanted a 2D array of numbers"
+            f"{path}: image is {size_text(shape):.80} {dtype!s:.40}; expected a 2D array of numbers"
         )
     header = ScanHeader(path, "npz", (*shape, 1), 1, dtype.name, None)
     claimed = math.prod(shape) * dtype.itemsize
-    return check_header(header, claimed=claimed, available=path.stat().st_size * MAX_DEFLATE_RATIO)
-
-
-def npz_voxels(path: Path, header: ScanHeader, channel: int) -> np.ndarray:
-    del channel  # one image a file
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            image = archive["image"]
-    except (OSError, EOFError, ValueError, RuntimeError, *_ZIP_ERRORS) as error:
-        raise ValueError(f"{path}: not a readable CARE slice ({first_line(error)})") from error
-    narrow(path, image)  # finite; kept as it is, so that it is scaled as it was packed
-    return image[:, :, None]
+    available = path.stat().st_size * MAX_DEFLATE_RATIO
+    return CareSlice(check_header(header, claimed=claimed, available=available))

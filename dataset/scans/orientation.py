@@ -16,8 +16,9 @@ LPS = nib.orientations.axcodes2ornt("LPS")
 class SliceStack:
     """Canonical slices (S, H, W): axes z to Superior, y to Posterior, x to Left.
 
-    spacing (z, y, x) in mm; affine (4, 4) from the index (x, y, z) to RAS mm; both None for an
-    npz slice. With orientation "stored" (CARE) the slices are transposed, axes z, x, y.
+    spacing (z, y, x) in mm, None where it is not known; affine (4, 4) from the index (x, y, z) to
+    RAS mm, None for an npz slice. With orientation "stored" (CARE) the slices are transposed, axes
+    z, x, y.
     """
 
     slices: np.ndarray
@@ -51,8 +52,10 @@ def to_canonical(scan: Scan, orientation: str = "LPS") -> SliceStack:
         return SliceStack(_oriented(scan.array, orientation), None, None)
     array = nib.apply_orientation(scan.array, turn_to_lps(scan.affine))
     affine = lps_affine(scan.affine, scan.array.shape)
-    x, y, z = (float(size) for size in np.linalg.norm(affine[:3, :3], axis=0))
-    spacing = (z, x, y) if orientation == "stored" else (z, y, x)
+    spacing = None
+    if scan.header.sized:
+        x, y, z = (float(size) for size in np.linalg.norm(affine[:3, :3], axis=0))
+        spacing = (z, x, y) if orientation == "stored" else (z, y, x)
     return SliceStack(_oriented(array, orientation), spacing, affine)
 
 
@@ -82,7 +85,7 @@ def geometry_difference(first: ScanHeader, second: ScanHeader) -> str:
     shapes = [volume.slices.shape[::-1] for volume in volumes]
     if shapes[0] != shapes[1]:
         return f"shapes differ: {size_text(shapes[0])} and {size_text(shapes[1])} (x, y, z)"
-    if first.affine is None or second.affine is None:
+    if first.spacing is None or second.spacing is None:
         return ""
     corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*shapes[0], 1]
     apart = np.abs((volumes[0].affine - volumes[1].affine) @ corners.T).max()

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dataset.scans.header import Scan, ScanHeader, size_text
-from dataset.scans.nifti import NIFTI_SUFFIXES, nifti_header, nifti_voxels
-from dataset.scans.npz import npz_header, npz_voxels
+from dataset.scans.nifti import NIFTI_SUFFIXES, NiftiFile, open_nifti
+from dataset.scans.npz import CareSlice, open_npz
+from dataset.text import counted
 
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha")
+if TYPE_CHECKING:
+    from dataset.scans.itk import ItkFile
+    from dataset.scans.series import DicomSeries
+
+    ScanFile = NiftiFile | DicomSeries | ItkFile | CareSlice
+
+ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".npz")
+WHOLE_WITHIN = 1e-3  # a label this close to a whole number is that number
 
 
 def scan_stem(path: Path) -> str:
@@ -22,51 +31,60 @@ def scan_stem(path: Path) -> str:
     return path.name
 
 
-def read_header(path: str | Path) -> ScanHeader:
-    """Header of a scan: a NIfTI, NRRD or npz file, or a folder with one DICOM series.
+def open_scan(path: str | Path, series: int | None = None) -> ScanFile:
+    """A scan with its header read: NIfTI, NRRD, MetaImage, CARE npz, or a folder with DICOM files.
 
-    Raises FileNotFoundError for a missing path and ValueError, with one line, for an unknown
-    format, a 2D image, an absurd size (over 2^30 voxels, or more than the file could hold), or an
-    affine that is not finite or not invertible.
+    series: the number of a DICOM series in a folder that holds several. The result has `header`
+    and `voxels(channel)`. Raises FileNotFoundError for a missing path and ValueError, with at most
+    two lines, for an unknown format, a 2D image, several series and none chosen, slices that make
+    no volume, an absurd size (over 2^30 voxels, or more than the file could hold), or an affine
+    that is not finite or not invertible.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such scan")
     name = path.name.lower()
     if path.is_dir():
-        from dataset.scans.dicom import dicom_header  # SimpleITK takes long to import
+        from dataset.scans.series import open_series  # SimpleITK and pydicom take long to import
 
-        return dicom_header(path)
+        return open_series(path, series)
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     if name.endswith(NIFTI_SUFFIXES):
-        return nifti_header(path)[0]
+        return open_nifti(path)
     if name.endswith(ITK_SUFFIXES):
-        from dataset.scans.itk import itk_header
+        from dataset.scans.itk import open_itk
 
-        return itk_header(path)
+        return open_itk(path)
     if name.endswith(".npz"):
-        return npz_header(path)
+        return open_npz(path)
     raise ValueError(
-        f"{path}: not a scan; expected {', '.join(SCAN_SUFFIXES)} or a DICOM series folder"
+        f"{path}: not a scan; expected {', '.join(SCAN_SUFFIXES)} or a folder of DICOM files"
     )
 
 
-def read_scan(path: str | Path, channel: int | None = None) -> Scan:
-    """A scan in file order: NIfTI, a DICOM series folder, NRRD, MetaImage or a CARE npz.
+def read_header(path: str | Path, series: int | None = None) -> ScanHeader:
+    """Header of a scan; takes and raises what open_scan does."""
+    return open_scan(path, series).header
 
-    array (I, J, K) is uint8, int16 or float32, in HU for CT; an npz slice comes as (X, Y, 1) with
-    affine None. channel picks one volume of a file that holds several. Raises what read_header
-    raises, and ValueError for a missing or wrong channel, truncated or corrupt data and voxels
-    that are not finite.
+
+def read_scan(path: str | Path, channel: int | None = None, series: int | None = None) -> Scan:
+    """A scan in file order: array (I, J, K), uint8, int16 or float32, in HU for CT.
+
+    channel picks one volume of a file that holds several. An npz slice comes as (X, Y, 1) with
+    affine None. Raises what open_scan raises, and ValueError for a missing or wrong channel,
+    truncated or corrupt data and voxels that are not finite.
     """
-    path = Path(path)
-    header = read_header(path)
+    opened = open_scan(path, series)
+    header = opened.header
     if channel is None and header.channels > 1:
-        raise ValueError(f"{path}: holds {header.channels} channels; choose one with --channel")
+        raise ValueError(f"{path}: holds {header.channels} volumes; choose one with --channel"
+                         f" (0 to {header.channels - 1})")  # fmt: skip
     channel = channel or 0
     if not 0 <= channel < header.channels:
         raise ValueError(f"{path}: no channel {channel}; it has {header.channels}, from 0")
     try:
-        array = _voxels(path, header, channel)
+        array = opened.voxels(channel)
     except MemoryError as error:
         raise ValueError(
             f"{path}: not enough memory for {size_text(header.shape)} voxels"
@@ -74,30 +92,27 @@ def read_scan(path: str | Path, channel: int | None = None) -> Scan:
     return Scan(array, header)
 
 
-def _voxels(path: Path, header: ScanHeader, channel: int) -> np.ndarray:
-    if header.format == "dicom":
-        from dataset.scans.dicom import dicom_voxels
-
-        return dicom_voxels(path, header, channel)
-    if header.format == "nrrd":
-        from dataset.scans.itk import itk_voxels
-
-        return itk_voxels(path, header, channel)
-    if header.format == "npz":
-        return npz_voxels(path, header, channel)
-    return nifti_voxels(path, header, channel)
-
-
 def read_label(path: str | Path, num_classes: int = 256) -> Scan:
     """A label map in file order, uint8 (I, J, K) in [0, num_classes).
 
-    Raises what read_scan raises, and ValueError, naming the ids, for fractional or unknown labels.
+    Values within 0.001 of a whole number are that number. Raises what read_scan raises, and
+    ValueError, naming the ids, for fractional or unknown labels.
     """
+    opened = open_scan(path)
+    if opened.header.channels > 1:
+        raise ValueError(
+            f"{path}: a label map of {counted(opened.header.channels, 'volume')}; expected one"
+            " volume with a class id in every voxel"
+        )
     scan = read_scan(path)
     stored = scan.array
-    if stored.dtype.kind == "f" and not np.array_equal(np.rint(stored), stored):
-        odd = np.unique(stored[np.rint(stored) != stored])[:5]
-        raise ValueError(f"{path}: labels are not whole numbers: {_listed(odd)}")
+    if stored.dtype.kind == "f":
+        whole = np.rint(stored)
+        apart = np.abs(stored - whole) > WHOLE_WITHIN
+        if apart.any():
+            odd = np.unique(stored[apart])[:5]
+            raise ValueError(f"{path}: labels are not whole numbers: {_listed(odd)}")
+        stored = whole
     if stored.min() < 0 or stored.max() >= num_classes:
         ids = np.unique(stored[(stored < 0) | (stored >= num_classes)])[:5]
         raise ValueError(
@@ -108,4 +123,4 @@ def read_label(path: str | Path, num_classes: int = 256) -> Scan:
 
 
 def _listed(values: np.ndarray) -> str:
-    return ", ".join(f"{float(value):g}" for value in values)
+    return ", ".join(f"{float(value):.6g}" for value in values)

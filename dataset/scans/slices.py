@@ -36,8 +36,9 @@ class ScanSlices:
         *,
         window: Window = None,
         channel: int | None = None,
+        series: int | None = None,
     ) -> None:
-        self.scan = read_scan(path, channel)
+        self.scan = read_scan(path, channel, series)
         self.orientation = data["orientation"]
         self.volume = to_canonical(self.scan, self.orientation)
         self.shape = self.volume.slices.shape

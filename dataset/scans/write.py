@@ -18,18 +18,16 @@ import nibabel as nib
 import numpy as np
 
 from dataset.files import atomic_write
-from dataset.scans.header import ScanHeader
-from dataset.scans.nifti import NIFTI_SUFFIXES, stored_header
+from dataset.scans.header import SHEAR_LIMIT, ScanHeader, shear_mm, without_shear
+from dataset.scans.nifti import NIFTI_SUFFIXES, SPACE_UNITS, stored_header
 
 STEPS = 65535  # of a probability, which is stored as uint16
 PLACE_FIELDS = (  # of a NIfTI header: everything that places a voxel
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
-SPACE_UNITS = 7  # the bits of xyzt_units that hold the unit of length
 MILLIMETRE = 2
 MAX_NIFTI1_SIDE = 32767
-SHEAR_LIMIT = 0.05  # mm at the corners: qform, which cannot hold a shear, is left out beyond it
 
 
 def nifti_header(scan: ScanHeader) -> nib.Nifti1Header:
@@ -45,10 +43,9 @@ def nifti_header(scan: ScanHeader) -> nib.Nifti1Header:
     is_long = max(scan.shape) > MAX_NIFTI1_SIDE
     header = nib.Nifti2Header() if is_long else nib.Nifti1Header()
     affine = np.eye(4) if scan.affine is None else scan.affine
-    header.set_qform(affine, code="scanner")  # sets the voxel sizes as well
+    header.set_qform(without_shear(affine), code="scanner")  # sets the voxel sizes as well
     header.set_sform(affine, code="scanner")
-    apart = (header.get_qform() - affine) @ _corners(scan.shape).T
-    if np.abs(apart[:3]).max() > SHEAR_LIMIT:
+    if shear_mm(affine, scan.shape) > SHEAR_LIMIT:
         header["qform_code"] = 0
     header["xyzt_units"] = MILLIMETRE if scan.spacing else 0
     return header
@@ -62,12 +59,6 @@ def _copied(stored: nib.Nifti1Header) -> nib.Nifti1Header:
     header["pixdim"][:4] = stored["pixdim"][:4]
     header["xyzt_units"] = int(stored["xyzt_units"]) & SPACE_UNITS
     return header
-
-
-def _corners(shape: tuple[int, int, int]) -> np.ndarray:
-    """Homogeneous indices (8, 4) of the corner voxels of a grid of `shape`."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    return np.concatenate([corners, np.ones((8, 1))], axis=1)
 
 
 def _complete(

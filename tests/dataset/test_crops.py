@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from dataset.crops import box_origin, click_origin, crop_at, crop_reader, normalise, overlap
-from dataset.scans.grid import grid_of
 from dataset.scans.read import read_label
-from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
+from dataset.scans.volumes import ScanVolume, grid_of, read_label_volume, read_volume
 from tests.helpers.volume_layouts import blob, save_as, stored_as
 
 SCANS = {
@@ -190,7 +189,7 @@ def test_a_slice_or_several_channels_are_refused(tmp_path: Path) -> None:
     for name, shape, text in (
         ("flat", (20, 20), "2D image"),
         ("slice", (20, 20, 1), "single slice"),
-        ("two", (20, 20, 5, 2), "2 channels"),
+        ("two", (20, 20, 5, 2), "2 volumes"),
     ):
         nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), tmp_path / f"{name}.nii")
         with pytest.raises(ValueError, match=text):

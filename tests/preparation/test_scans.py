@@ -114,7 +114,7 @@ def test_one_slice_is_a_scan(tmp_path):
 
 def test_a_channel_of_a_4d_scan_must_be_chosen(tmp_path):
     path = write(tmp_path / "a.nii.gz", np.stack([ramp(), ramp() + 1], axis=3))
-    with pytest.raises(ValueError, match="2 channels; choose one with --channel"):
+    with pytest.raises(ValueError, match="2 volumes; choose one with --channel"):
         read_scan(path)
     with pytest.raises(ValueError, match="no channel 2"):
         read_scan(path, channel=2)
@@ -172,7 +172,7 @@ def test_bad_files_give_one_line(tmp_path):
         read_scan(tmp_path / "none.nii")
     with pytest.raises(ValueError, match="2D image"):
         read_scan(write(tmp_path / "flat.nii", ramp()[:, :, 0]))
-    with pytest.raises(ValueError, match="not finite and invertible"):
+    with pytest.raises(ValueError, match="matrix is singular"):
         read_scan(singular(tmp_path / "singular.nii"))
 
 
@@ -355,7 +355,7 @@ def test_a_series_with_a_missing_slice_is_refused(tmp_path, shared_data):
             plane.SetMetaData(key, value)
         writer.SetFileName(str(tmp_path / f"{k}.dcm"))
         writer.Execute(plane)
-    with pytest.raises(ValueError, match="one is missing or doubled"):
+    with pytest.raises(ValueError, match=r"1 slice missing: 2\.dcm and 4\.dcm lie 4 mm apart"):
         read_scan(tmp_path)
 
 

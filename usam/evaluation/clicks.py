@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset import VolumeStore, build_volumes
 from dataset.files import atomic_write, write_json
-from dataset.scans.grid import SPACING
+from dataset.scans.volumes import SPACING
 from usam.evaluation.surfaces import surface_dice
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
