@@ -100,7 +100,7 @@ def odd_scans() -> dict[str, tuple[np.ndarray, np.ndarray, str | None]]:
         "permuted": (*turned(hu, affine, "SAR"), None),
         "no_foreground": (np.full_like(hu, -1000), affine, None),
         "4d_of_one": (hu[..., None], affine, None),
-        "4d": (np.stack([hu, hu], axis=3), affine, "holds 2 channels; choose one with --channel"),
+        "4d": (np.stack([hu, hu], axis=3), affine, "holds 2 volumes; choose one with --channel"),
         "2d": (hu[:, :, 0], affine, "a 2D image"),
         "nan": (nan, affine, "1 voxels are NaN or infinite"),
         "flat_affine": (hu, np.diag([0.0, 1, 1, 1]), "not finite and invertible"),

@@ -131,7 +131,7 @@ FAULTS = {  # name: (layout, fault, file that must be named, what must be said)
         "word",
         voxels(IMAGE, lambda a: np.stack([a, a], 3)),
         IMAGE,
-        "2 channels",
+        "2 volumes",
     ),
     "label cut off": ("word", content(LABEL, lambda data: data[:200]), LABEL, "truncated"),
     "label of another shape": ("word", voxels(LABEL, lambda a: a[:-1]), LABEL, "shapes differ"),
