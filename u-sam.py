@@ -27,9 +27,9 @@ from usam.cli.choices import MIXED
 from usam.cli.parser import fill_defaults, parse_flags
 from usam.cli.recipes import chosen_loss
 from usam.cli.values import jitter_pixels
-from usam.evaluation import report
-from usam.evaluation.pixels import count_pixels
-from usam.evaluation.slices import evaluate, merge
+from usam.evaluation.merge import merge
+from usam.evaluation.pixels import PROMPT_SOURCES, count_pixels
+from usam.evaluation.slices import evaluate
 from usam.models.size import count_parameters, multiply_accumulates
 from usam.models.usam import USam, build_usam
 from usam.prediction import slices
@@ -81,21 +81,18 @@ def run_slices(
     if args.predict:
         slices.predict(args, precision, saved)
         return
+    if args.eval:
+        evaluate(args, precision, saved)
+        return
     with processes.main_process_first():
-        splits = ("train", "val")
-        if args.eval:
-            splits = ("test",) if args.fold is None else ("val",)
-        data = {split: load_split(args, split) for split in splits}
-    classes = data[splits[0]].classes
+        data = {split: load_split(args, split) for split in ("train", "val")}
+    classes = data["train"].classes
     if saved and len(saved["data"]["classes"]) != len(classes):
         raise ValueError(
             f"{args.resume} was trained on {len(saved['data']['classes'])} classes, "
             f"--dataset {args.dataset} has {len(classes)}"
         )
     checkpoint.seed_generators(args.seed)
-    if args.eval:
-        evaluate(args, precision, saved, data[splits[0]])
-        return
     if saved:
         model = weights.load_usam(saved, args.resume, args.sam_weight, merge=False)
         say(f"{args.resume}: {args.sam_model} at {args.img_size} pixels")
@@ -167,7 +164,7 @@ def slices_job(
 
     def validate(watch: Watch) -> Summary:
         counts = count_pixels(model, watch(validation), prompt_mode=mode, precision=precision)
-        return counts.summary(classes) | {"prompts": report.PROMPT_SOURCES[mode]}
+        return counts.summary(classes) | {"prompts": PROMPT_SOURCES[mode]}
 
     def shown(summary: Summary) -> dict[str, float | None]:
         dice = dict(list(summary["dice"].items())[1:])

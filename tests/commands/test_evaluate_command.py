@@ -17,7 +17,6 @@ from dataset.splits import split_table
 from tests.helpers.command import TINY, assert_refused, run
 from tests.helpers.layouts import slice_store
 
-pytest.importorskip("monai")
 SHORT = (*TINY, "--epochs", "1", "--batch_size", "4", "--dataset", "store")
 
 
@@ -87,7 +86,7 @@ def test_evaluation_writes_scores_where_they_were_and_a_report(
     assert (again["dice"], again["counts"]) == (found["dice"], found["counts"])
 
 
-def test_slices_prepared_otherwise_than_the_trained_ones_are_told(
+def test_a_warning_names_how_the_slices_are_preprocessed_differently(
     store: Path, runs: Path, tmp_path: Path, capsys: Any
 ) -> None:
     other = shutil.copytree(store, tmp_path / "other")

@@ -21,7 +21,6 @@ from usam.runtime.loaders import evaluation_loader
 from usam.runtime.processes import gather_texts
 from usam.runtime.samplers import CaseShard
 
-pytest.importorskip("monai")
 HOW = {"prompt_mode": 0, "precision": FLOAT32}
 RUN = {"spacing": None, "batch_size": 4, "num_workers": 0} | HOW
 
@@ -196,14 +195,6 @@ def test_only_one_case_is_held(data: SliceDataset, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(case_evaluation.CaseCollector, "finish", finish)
     evaluate_cases(Thresholds(), data, **RUN)
     assert max(held) == 1
-
-
-def test_without_monai_one_line_says_what_to_install(
-    data: SliceDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "monai.metrics", None)
-    with pytest.raises(ValueError, match="pip install monai"):
-        evaluate_cases(Thresholds(), data, **RUN)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

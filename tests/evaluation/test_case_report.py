@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -17,14 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from usam.evaluation import html_report, report
 from usam.evaluation import merge as merged_report
+from usam.evaluation import report
 from usam.evaluation.case_metrics import METRICS, score_class
-from usam.evaluation.case_report import CaseReport, cases_csv, rules, write_report
 from usam.evaluation.cases import CaseScores
 from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.report import cases_csv, write_report
+from usam.evaluation.report_tables import CaseReport, rules
+from usam.training.run import one_line
 
-pytest.importorskip("monai")
 CLASSES = ["background", "normal <rectum>", "tumour | T3"]
 COLORS = ["#000000", "#00ff00", "#ff0000"]
 FACTS = {
@@ -59,7 +61,7 @@ def made(*names: str, **changes: Any) -> CaseReport:
     truth = torch.arange(3).repeat(4)[None]
     counts.update(truth.roll(len(names)), truth)
     cases = scores(*names, in_mm=changes.pop("in_mm", True))
-    return CaseReport(FACTS, CLASSES, COLORS, counts, cases, seed=1, **changes)
+    return CaseReport(FACTS, [*CLASSES], COLORS, counts, cases, seed=1, **changes)
 
 
 class Page(HTMLParser):
@@ -169,20 +171,20 @@ def test_what_is_printed_names_the_source_of_the_prompts() -> None:
         "quarantined": 0,
         "val": {"prompts": "boxes"},
     }
-    assert "validation Dice (prompts: boxes) tumour 0.700" in report.one_line(
+    assert "validation Dice (prompts: boxes) tumour 0.700" in one_line(
         line, {"tumour": 0.7}, 2.0, is_best=False
     )
 
 
-def test_names_are_text_and_never_markup() -> None:
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     bad = '<img src="http://example.org/x.png" onerror="alert(1)">'
-    page = html_report.page(bad, bad, [
-        html_report.section(bad, html_report.heading(bad), html_report.paragraph(bad)),
-        html_report.table([bad], [[bad]]), html_report.facts({bad: bad}), html_report.items([bad]),
-        html_report.picture(b"", bad), html_report.download(bad, b"", "text/csv"),
-    ])  # fmt: skip
-    assert page.count("<img") == 1
-    assert '<img src="http' not in page
+    described = made(bad, extra={bad: ([bad], [[bad]])})
+    described.cases.worst[0]["slice"] = described.classes[1] = bad
+    facts = dict(described.facts) | {bad: bad}
+    text = write_report(tmp_path, dataclasses.replace(described, facts=facts)).read_text("utf-8")
+    assert text.count("<img") == 2  # box plots, one worst case
+    assert 'src="http' not in text
+    assert text.count("&lt;img src=") > 10
 
 
 # -------------------------------------------------------------------------------- several merged

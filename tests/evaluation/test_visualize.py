@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from usam.evaluation import report
+from usam.evaluation import report, slices
 from usam.evaluation.metrics import ClassCounts
 from usam.runtime import figures as visualize
 from usam.runtime.figures import OPACITY, blend, save_overlay
@@ -101,7 +101,7 @@ def test_names_are_text_and_stay_in_the_folder(tmp_path: Path) -> None:
     name = "../a$b^$c"
     batch = {"image": torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "id": [name]}
     shown = [(batch, torch.zeros(1, 8, 8, dtype=torch.long), {}, torch.zeros(1, 3, 8, 8))]
-    (path,) = report.draw_overlays(
+    (path,) = slices.draw_overlays(
         tmp_path / "overlays", shown, classes=CLASSES, colors=COLORS, transpose=False
     )
     assert path.parent == tmp_path / "overlays"

@@ -26,7 +26,6 @@ from usam.evaluation.clicks import (
     simulated_clicks,
     write_report,
 )
-from usam.evaluation.surfaces import surface_dice
 from usam.models.sam_med3d import build_sam_med3d
 from usam.prediction.prompts import (
     ObjectPrompts,
@@ -288,19 +287,6 @@ def test_prompt_files_name_objects(tmp_path) -> None:
 
 
 # ------------------------------------------------------------------ evaluation
-
-
-def test_surface_dice_counts_surface_voxels_within_the_tolerance() -> None:
-    truth = np.zeros((12, 12, 12), dtype=bool)
-    truth[2:7, 2:7, 2:7] = True  # a cube of 5: 98 surface voxels
-    moved = np.roll(truth, 1, axis=0)
-    how = {"spacing": (1.5, 1.5, 1.5)}
-    assert surface_dice(truth, truth, **how, tolerance=1.0) == 1
-    assert surface_dice(moved, truth, **how, tolerance=1.5) == 1
-    # Both have the rims (16) of their 4 common planes, and each end's rim meets the other's: 64.
-    assert surface_dice(moved, truth, **how, tolerance=1.0) == pytest.approx(64 / 98)
-    assert surface_dice(np.zeros_like(truth), truth, **how, tolerance=1.0) == 0
-    assert surface_dice(np.zeros_like(truth), np.zeros_like(truth), **how, tolerance=1.0) == 1
 
 
 @pytest.mark.parametrize("largest", [True, False])

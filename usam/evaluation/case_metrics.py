@@ -1,7 +1,4 @@
-"""How well one case is segmented, class by class, and what many cases say together.
-
-`usam.case_evaluation` scores each case as its slices come; `usam.case_report` writes the figures.
-"""
+"""The scores of one case, class by class, and their mean, spread and intervals over many cases."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from usam.evaluation.surfaces import surface_distances
+from usam.evaluation.metrics import overlap
+from usam.evaluation.surfaces import hausdorff95, surface_dice, surface_distances
 
 TOLERANCES = (1.0, 2.0)  # of the NSD, in the unit of distances
 RESAMPLES = 10_000  # of the bootstrap
@@ -62,6 +60,7 @@ def score_case(
     Without mm (`in_mm`) distances are in pixels, volumes in voxels. Rules: see `score_class`.
     """
     boxes = [_boxes(part, num_classes) for part in parts]
+    flat = all(len(part.truth) == 1 for part in parts)
 
     def score(label: int) -> Row:
         masks = [
@@ -72,7 +71,7 @@ def score_case(
         diagonal = max(
             float(np.linalg.norm((np.array(part.truth.shape) - 1) * part.spacing)) for part in parts
         )
-        return score_class(masks, diagonal=diagonal, in_mm=in_mm)
+        return score_class(masks, diagonal=diagonal, in_mm=in_mm, flat=flat)
 
     return list(run(score, range(1, num_classes)))
 
@@ -95,10 +94,12 @@ def score_class(
     *,
     diagonal: float,
     in_mm: bool = True,
+    flat: bool = False,
 ) -> Row:
     """The figures of one class of one case: METRICS, None where undefined, and what they are of.
 
-    masks: (prediction, truth, spacing) of each volume, bool (S, H, W). A class that is
+    masks: (prediction, truth, spacing) of each volume, bool (S, H, W); flat: each is a case's only
+    slice, and surfaces are its contours. A class that is
 
     - neither true nor predicted has no figures ("absent"),
     - true but not predicted ("missed") or predicted but not true ("false alarm") has Dice, IoU and
@@ -120,11 +121,10 @@ def score_class(
         row["empty"] = "missed" if true else "false alarm"
         row |= dict.fromkeys(("dice", "iou", "nsd_1", "nsd_2"), 0.0) | {"hd95": diagonal}
     else:
-        surfaces = surface_distances(masks)
-        row["dice"] = 2 * shared / (predicted + true)
-        row["iou"] = shared / (predicted + true - shared)
-        row["nsd_1"], row["nsd_2"] = map(surfaces.dice, TOLERANCES)
-        row["hd95"] = min(surfaces.hausdorff95(), diagonal)
+        surfaces = surface_distances(masks, flat=flat)
+        row["dice"], row["iou"] = overlap(shared, predicted, true)
+        row["nsd_1"], row["nsd_2"] = (surface_dice(surfaces, mm) for mm in TOLERANCES)
+        row["hd95"] = min(hausdorff95(surfaces), diagonal)
     row["volume_difference"] = predicted_volume - true_volume
     if true:
         row["volume_difference_percent"] = 100 * row["volume_difference"] / true_volume

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from usam.evaluation.case_metrics import Part, Row, mean_row, score_case
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.pixels import count_pixels
-from usam.evaluation.surfaces import require_monai
 from usam.prediction.overlay import class_colors
 from usam.prediction.slices import to_native
 from usam.runtime.figures import save_overlay
@@ -110,9 +109,8 @@ def evaluate_cases(
     """Pooled counts and the scores of every case, the same on all processes.
 
     how: keyword arguments of `count_pixels`. Each process takes whole cases, and holds the
-    labels of one at a time. Raises ValueError where MONAI is missing or `spacing` is superfluous.
+    labels of one at a time. Raises ValueError where `spacing` is superfluous.
     """
-    require_monai()
     spacings = known_spacings(data, spacing)
     shard = CaseShard([data.store.cases[number]["id"] for number, _ in data.slices])
     loader = loader_for(data, num_workers, sampler=shard, batch_size=batch_size)

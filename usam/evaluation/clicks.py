@@ -5,58 +5,56 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import VolumeStore, build_volumes
-from dataset.files import atomic_write, write_json
+from dataset import build_volumes, open_volumes
 from dataset.scans.volumes import SPACING
-from usam.evaluation.surfaces import surface_dice
+from dataset.text import counted
+from usam.evaluation.click_report import (
+    NUM_CLICKS,
+    SCORES,
+    TOLERANCE,
+    Item,
+    format_clicks,
+    write_report,
+)
+from usam.evaluation.metrics import overlap
+from usam.evaluation.surfaces import surface_dice, surface_distances
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.prediction.windows import EmbeddingCache, Session
-from usam.runtime.figures import save_figure
 from usam.runtime.loaders import Batch
 from usam.runtime.precision import Precision
-from usam.runtime.processes import is_main, rank, reduce_sum, world_size
+from usam.runtime.processes import is_main, main_process_first, rank, reduce_sum, say, world_size
 from usam.runtime.progress import progress_bar
+from usam.weights.sam_med3d import load_or_initialize
 
-NUM_CLICKS = (1, 3, 5, 10)  # after which an answer is scored
-TOLERANCE = 1.0  # mm, of the NSD
-SCORES = ("dice", "nsd")
 OpenCase = Callable[[int], tuple[EmbeddingCache, np.ndarray]]
 
 
 Normalise = Callable[[Tensor], Tensor]
 
 
-class Item(NamedTuple):
-    """One object to segment: its case by number and name, its class by id and name."""
-
-    case: int
-    case_id: str
-    label: int
-    name: str
-
-
-def evaluate(args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore) -> None:
+def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
     """Print and save what a simulated user reaches on whole test volumes, click by click."""
+    model = load_or_initialize(args, saved).to(precision.device).eval()
+    with main_process_first():
+        store = open_volumes(args.dataset, args.data_root)
+    for line in store.dropped:
+        say(f"left out: {line}")
     data = build_volumes(
         args.dataset, "test", side=model.side, seed=args.seed, val_fraction=args.val_fraction,
         only=args.classes, store=store,
     )  # fmt: skip
-    model.eval()
     items = [
         Item(number, store.cases[number]["id"], label, store.classes[label])
         for number, label in data.objects
@@ -120,12 +118,22 @@ def _score_object(
         if number not in NUM_CLICKS:
             continue
         if not bool(logits.isfinite().all()):
-            raise ValueError(f"logits are not finite after {clicks_text(number)}")
+            raise ValueError(f"logits are not finite after {counted(number, 'click')}")
         found = (logits > THRESHOLD).cpu().numpy()
-        both, sizes = np.count_nonzero(found & truth), np.count_nonzero(found) + truth.sum()
-        nsd = surface_dice(found, truth, spacing=3 * (spacing,), tolerance=TOLERANCE)
-        rows.append([2 * both / sizes, nsd])
+        sizes = [np.count_nonzero(mask) for mask in (found & truth, found, truth)]
+        rows.append([overlap(*sizes)[0], object_nsd(found, truth, spacing)])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def object_nsd(found: np.ndarray, truth: np.ndarray, spacing: float) -> float:
+    """NSD at TOLERANCE mm of masks (X, Y, Z) with cubic voxels; 0 where nothing was found."""
+    if not found.any():
+        return 0.0
+    flat = 1 in truth.shape
+    if flat:  # the only slice comes first, as `surface_distances` wants it
+        axis = truth.shape.index(1)
+        found, truth = np.moveaxis(found, axis, 0), np.moveaxis(truth, axis, 0)
+    return surface_dice(surface_distances([(found, truth, 3 * (spacing,))], flat=flat), TOLERANCE)
 
 
 def simulated_clicks(
@@ -211,8 +219,8 @@ def click_dice(
         sums[-1] += len(mask)
     *totals, number = reduce_sum(sums).tolist()
     means = [total / number for total in totals]
-    named = zip(map(clicks_text, NUM_CLICKS), means, strict=True)
-    return {"dice": dict(named), "mean_dice": sum(means) / len(means)}
+    names = [counted(number, "click") for number in NUM_CLICKS]
+    return {"dice": dict(zip(names, means, strict=True)), "mean_dice": sum(means) / len(means)}
 
 
 def answers_to_clicks(
@@ -241,103 +249,5 @@ def answers_to_clicks(
 def dice(logits: Tensor, mask: Tensor) -> Tensor:
     """Dice (N,) of logits (N, 1, *S) above the threshold and mask (N, 1, *S); 0 if not finite."""
     found, truth = (logits > THRESHOLD).flatten(1), (mask > 0).flatten(1)
-    both = (found & truth).sum(dim=1)
-    score = 2 * both / (found.sum(dim=1) + truth.sum(dim=1)).clamp(min=1)
+    score, _ = overlap(*(voxels.sum(dim=1) for voxels in (found & truth, found, truth)))
     return score.where(logits.flatten(1).isfinite().all(dim=1), 0)
-
-
-def clicks_text(number: int) -> str:
-    """A number of clicks in words, as reports name it."""
-    return f"{number} click" if number == 1 else f"{number} clicks"
-
-
-# ------------------------------------------------------------------ report
-
-
-def write_report(
-    folder: Path,
-    items: Sequence[Item],
-    scores: np.ndarray,
-    *,
-    failed: Sequence[Item],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Save clicks.csv, metrics.json and clicks.png into `folder`; what metrics.json holds.
-
-    scores (objects, clicks, 2) of `evaluate_objects`; facts: what was evaluated, and how.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_write(folder / "clicks.csv") as scratch,
-        scratch.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["case", "class", "clicks", *SCORES, "failed"])
-        for item, rows in zip(items, scores, strict=True):
-            for number, values in zip(NUM_CLICKS, rows, strict=True):
-                shown = [f"{value:.6f}" for value in values]
-                writer.writerow([item.case_id, item.name, number, *shown, int(item in failed)])
-    names = [item.name for item in items]
-    classes = {
-        name: spread(scores[[other == name for other in names]]) for name in dict.fromkeys(names)
-    }
-    summary = {
-        **facts,
-        "objects": len(items),
-        "all": spread(scores),
-        "classes": classes,
-        "failed": [f"{item.case_id}: {item.name}" for item in failed],
-    }
-    write_json(folder / "metrics.json", summary, 2, sort_keys=False)
-    draw_curves(folder / "clicks.png", summary)
-    return summary
-
-
-def spread(scores: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and standard deviation over objects (n, clicks, 2), by score and number of clicks."""
-    return {
-        score: {
-            clicks_text(number): {
-                "mean": float(scores[:, k, s].mean()),
-                "std": float(scores[:, k, s].std()),
-            }
-            for k, number in enumerate(NUM_CLICKS)
-        }
-        for s, score in enumerate(SCORES)
-    }
-
-
-def format_clicks(summary: Mapping[str, Any]) -> str:
-    """The report as aligned lines: Dice and NSD of each class after each number of clicks."""
-    rows = {**summary["classes"], "all": summary["all"]}
-    width = max(len(name) for name in [*rows, "class"])
-    head = "  ".join(f"{clicks_text(number):>15}" for number in NUM_CLICKS)
-    lines = [f"{'class':<{width}}  {head}   (Dice / NSD at 1 mm)"]
-    for name, row in rows.items():
-        cells = [
-            f"{row['dice'][key]['mean']:.4f} / {row['nsd'][key]['mean']:.4f}"
-            for key in map(clicks_text, NUM_CLICKS)
-        ]
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>15}" for cell in cells))
-    if summary["failed"]:
-        lines.append(f"failed, counted as 0: {', '.join(summary['failed'])}")
-    return "\n".join(lines)
-
-
-def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
-    """Dice over the number of clicks as PNG: each class, and all with their spread."""
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
-    axis = figure.subplots()
-    keys = [clicks_text(number) for number in NUM_CLICKS]
-    for name, row in summary["classes"].items():
-        axis.plot(
-            NUM_CLICKS, [row["dice"][key]["mean"] for key in keys], marker="o", ms=3, label=name
-        )
-    mean = np.array([summary["all"]["dice"][key]["mean"] for key in keys])
-    std = np.array([summary["all"]["dice"][key]["std"] for key in keys])
-    axis.fill_between(NUM_CLICKS, mean - std, (mean + std).clip(max=1), color="black", alpha=0.08)
-    axis.plot(NUM_CLICKS, mean, color="black", lw=2, marker="o", ms=4, label="all (band: 1 SD)")
-    axis.set(xlabel="clicks", ylabel="Dice", ylim=(0, 1), xticks=NUM_CLICKS)
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right center")
-    save_figure(figure, path, dpi=120)

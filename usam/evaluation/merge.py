@@ -1,12 +1,10 @@
-"""One report made of several: of the folds of a cross-validation, or of any evaluations apart.
-
-u-sam.py calls it for --merge; the folders are those that --eval wrote.
-"""
+"""--merge: one report of several evaluations, such as the folds of a cross-validation."""
 
 from __future__ import annotations
 
 import csv
 import json
+from argparse import Namespace
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from usam.evaluation.case_metrics import MEAN, METRICS, Row, describe, mean_row
-from usam.evaluation.case_report import (
-    LESIONS,
-    VOLUMES,
-    CaseReport,
-    number,
-    title_of,
-    with_spread,
-    worst_file,
-)
 from usam.evaluation.cases import NUM_WORST, CaseScores
 from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.report import LESIONS, VOLUMES, worst_file, write_report, write_scores
+from usam.evaluation.report_tables import CaseReport, title_of, with_spread
+from usam.evaluation.tables import Table, number, text_table
+from usam.runtime.processes import is_main
 
 FOLDERS = "Each folder"
 SAME = ("dataset", "prompts", "views")  # of metrics.json: without these no score means the same
@@ -44,6 +37,17 @@ class Evaluated(NamedTuple):
     def classes(self) -> list[str]:
         """Class names by label id."""
         return list(self.metrics["dice"])
+
+
+def merge(args: Namespace) -> None:
+    """Print and save one report of the cases in all folders of --merge."""
+    if not is_main():
+        return
+    check_output(args.merge, args.output_dir)
+    made = merged(args.merge, args.seed)
+    metrics = write_scores(args.output_dir, made.counts, made.classes, made.facts, made.metrics)
+    print(f"{made.text}\n{text_table(*made.extra[FOLDERS])}")
+    print(f"scores: {metrics}\nreport: {write_report(args.output_dir / 'report', made)}")
 
 
 def merged(folders: Sequence[Path], seed: int) -> CaseReport:
@@ -157,9 +161,7 @@ def worst_of(parts: Sequence[Evaluated]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["dice"], one["case"]))[:NUM_WORST]
 
 
-def folder_table(
-    parts: Sequence[Evaluated], in_mm: bool, seed: int
-) -> tuple[list[str], list[list[str]]]:
+def folder_table(parts: Sequence[Evaluated], in_mm: bool, seed: int) -> Table:
     """Head and rows: each folder's means over its cases, then mean and deviation over folders."""
     head = ["folder", "cases", *(title_of(metric, in_mm) for metric in SHOWN)]
     rows, means = [], []

@@ -1,16 +1,21 @@
-"""Overlap of predicted and true label maps, pooled over a whole set as integer counts.
-
-The engine updates one `ClassCounts` an evaluation, reduces it once and prints its summary.
-"""
+"""Dice and IoU: of two objects, and of label maps pooled over a whole set as integer counts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def overlap(shared: Any, predicted: Any, true: Any) -> tuple[Any, Any]:
+    """Dice and IoU of two objects from their voxels in both, predicted and true.
+
+    Numbers, or tensors of them. At least one of the objects must have a voxel.
+    """
+    return 2 * shared / (predicted + true), shared / (predicted + true - shared)
 
 
 class ClassCounts:
@@ -76,40 +81,29 @@ class ClassCounts:
                 f"{', '.join(class_names)}"
             )
         matrix = self.tensors[int(foreground_only)].cpu()
-        overlap = matrix.diagonal().tolist()
-        size = (matrix.sum(dim=0) + matrix.sum(dim=1)).tolist()
-        dice = {
-            name: 2 * both / total if total else None
-            for name, both, total in zip(class_names, overlap, size, strict=True)
-        }
-        iou = {
-            name: both / (total - both) if total else None
-            for name, both, total in zip(class_names, overlap, size, strict=True)
-        }
+        shared = matrix.diagonal().tolist()
+        predicted, true = matrix.sum(dim=0).tolist(), matrix.sum(dim=1).tolist()
+        scores = [
+            overlap(*sizes) if any(sizes) else (None, None)
+            for sizes in zip(shared, predicted, true, strict=True)
+        ]
+        dice, iou = zip(*scores, strict=True)
+        names = distinct(class_names)
         return {
-            "dice": dice,
-            "iou": iou,
-            "mean_dice": _mean([dice[name] for name in class_names[1:]]),
-            "mean_iou": _mean([iou[name] for name in class_names[1:]]),
-            "absent": [name for name in class_names if dice[name] is None],
+            "dice": dict(zip(names, dice, strict=True)),
+            "iou": dict(zip(names, iou, strict=True)),
+            "mean_dice": _mean(dice[1:]),
+            "mean_iou": _mean(iou[1:]),
+            "absent": [name for name, score in zip(names, dice, strict=True) if score is None],
         }
 
 
-def format_table(summary: Mapping[str, Any]) -> str:
-    """The summary of `ClassCounts` as aligned lines: class, Dice, IoU, then the means.
-
-    Absent classes show a dash, and a last line says that the means leave them out.
-    """
-    last = "mean without background"
-    width = max(len(name) for name in [*summary["dice"], last])
-    lines = [f"{'class':<{width}}    Dice     IoU"]
-    for name, dice in summary["dice"].items():
-        lines.append(f"{name:<{width}}  {_cell(dice)}  {_cell(summary['iou'][name])}")
-    lines.append(f"{last:<{width}}  {_cell(summary['mean_dice'])}  {_cell(summary['mean_iou'])}")
-    if summary["absent"]:
-        names = ", ".join(summary["absent"])
-        lines.append(f"neither labelled nor predicted, left out of the means: {names}")
-    return "\n".join(lines)
+def distinct(class_names: Sequence[str]) -> list[str]:
+    """The class names, each that comes twice with its class id, so that no score is lost."""
+    return [
+        f"{name} (class {number})" if class_names.count(name) > 1 else name
+        for number, name in enumerate(class_names)
+    ]
 
 
 def rank_score(score: float | None) -> float:
@@ -120,7 +114,3 @@ def rank_score(score: float | None) -> float:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _cell(value: float | None) -> str:
-    return f"{'-':>6}" if value is None else f"{value:6.4f}"

@@ -15,6 +15,12 @@ from usam.runtime.precision import Precision
 from usam.runtime.processes import reduce_sum
 from usam.runtime.progress import progress_bar
 
+PROMPT_SOURCES = (  # by prompt mode
+    "none",
+    "boxes around the true masks",
+    "3 points a class in the true masks",
+    "3 points a class in the true masks and boxes around them",
+)
 AlterPrompts = Callable[[dict[str, Any], Batch], dict[str, Any]]
 
 

@@ -1,7 +1,4 @@
-"""How scores depend on prompts: every prompt mode, exact and set as carelessly as users may.
-
-u-sam.py runs it with --eval --prompt_sweep; its table becomes part of the report.
-"""
+"""How scores depend on prompts: every prompt mode, exact and set as carelessly as users may."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from usam.cli.choices import PROMPT_MODES
 from usam.cli.values import jitter_pixels
 from usam.evaluation.case_metrics import MEAN
 from usam.evaluation.metrics import ClassCounts
-from usam.evaluation.pixels import count_pixels
-from usam.evaluation.report import PROMPT_SOURCES
+from usam.evaluation.pixels import PROMPT_SOURCES, count_pixels
+from usam.evaluation.tables import Table, number
 from usam.models.prompts import jittered
 from usam.runtime.loaders import Batch
 from usam.runtime.progress import progress_bar
@@ -84,9 +81,7 @@ def move_prompts(
     }
 
 
-def sweep_table(
-    found: Sequence[Swept], classes: Sequence[str]
-) -> tuple[list[str], list[list[str]]]:
+def sweep_table(found: Sequence[Swept], classes: Sequence[str]) -> Table:
     """Head and rows: source of the prompts, Dice of each class and means, of all pixels."""
     head = ["prompts", *(f"Dice, {name}" for name in classes[1:]), f"Dice, {MEAN}", f"IoU, {MEAN}"]
     rows = []
@@ -94,8 +89,7 @@ def sweep_table(
         summary = one.counts.summary(classes)
         scores = [summary["dice"][name] for name in classes[1:]]
         scores += [summary["mean_dice"], summary["mean_iou"]]
-        cells = ["-" if score is None else f"{score:.4f}" for score in scores]
-        rows.append([one.source, *cells])
+        rows.append([one.source, *map(number, scores)])
     return head, rows
 
 

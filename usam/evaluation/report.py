@@ -1,45 +1,37 @@
-"""What a run tells: a line an epoch, the table of an evaluation, metrics.json and overlays.
-
-u-sam.py calls it with the test data after counting; nothing here decides how a model is run.
-"""
+"""The files of an evaluation: metrics.json, and report/ with tables, pictures and a page."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable, Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import jinja2
 
-from dataset.files import write_json
-from usam.evaluation.metrics import ClassCounts, format_table
-from usam.runtime.figures import save_overlay
-
-PROMPT_SOURCES = (
-    "none",
-    "boxes around the true masks",
-    "3 points a class in the true masks",
-    "3 points a class in the true masks and boxes around them",
+from dataset.files import atomic_write, write_json, write_text
+from usam.evaluation.case_metrics import METRICS
+from usam.evaluation.metrics import ClassCounts
+from usam.evaluation.report_tables import (
+    CaseReport,
+    box_values,
+    case_rows,
+    case_table,
+    details,
+    overview,
+    pooled_table,
+    rules,
+    unit_of,
 )
+from usam.evaluation.tables import markdown_table, text_table
+from usam.runtime.figures import draw_box_plots
 
-
-def one_line(
-    line: Mapping[str, Any], figures: Mapping[str, float | None], seconds: float, *, is_best: bool
-) -> str:
-    """An epoch's figures for the terminal; `line` as in log.jsonl, `figures` its scores by name."""
-    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-    text = f"epoch {line['epoch']}: loss {loss}"
-    if figures:
-        shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
-        source = f" (prompts: {line['val']['prompts']})" if "prompts" in line["val"] else ""
-        text += f", validation Dice{source} " + ", ".join(shown)
-        text += " (best)" if is_best else ""
-    if line["skipped_steps"]:
-        text += f", {line['skipped_steps']} steps left out (gradients not finite)"
-    if line["quarantined"]:
-        text += f", {line['quarantined']} samples unreadable"
-    return text + f", {seconds:.0f} s"
+LESIONS = ("lesions", "lesions_found", "false_lesions")
+VOLUMES = ("true_volume", "predicted_volume")
+COLUMNS = ("case", "slices", "class", "empty", *METRICS, *LESIONS, *VOLUMES)
 
 
 def write_scores(
@@ -51,9 +43,9 @@ def write_scores(
 ) -> Path:
     """Print the scores of `counts` and save them with `facts` as metrics.json; the file's path.
 
-    facts: what was evaluated, on what and with which prompts. The published protocol, which
-    leaves out slices without any true foreground, stands beside the scores of all slices. more:
-    what else metrics.json is to hold.
+    facts: what was evaluated, on what and with which prompts. The scores of the published
+    protocol, which leaves out slices without any true foreground, stand beside those of all
+    slices. more: further keys of metrics.json.
     """
     summary = counts.summary(classes)
     published = counts.summary(classes, foreground_only=True)
@@ -61,7 +53,10 @@ def write_scores(
         f"{facts['checkpoint']} on {facts['slices']} {facts['split']} slices of {facts['cases']} "
         f"cases of {facts['dataset']}; prompts: {facts['prompts']}; Dice and IoU of all pixels"
     )
-    print(format_table(summary))
+    print(text_table(*pooled_table(summary)))
+    if summary["absent"]:
+        names = ", ".join(summary["absent"])
+        print(f"neither labelled nor predicted, left out of the means: {names}")
     if published["mean_dice"] is not None:
         print(
             f"slices with foreground only (the published protocol): mean Dice "
@@ -74,41 +69,74 @@ def write_scores(
     return path
 
 
-def draw_overlays(
-    folder: Path,
-    shown: Iterable[tuple[dict[str, Any], Tensor, dict[str, Any], Tensor]],
-    *,
-    classes: list[str],
-    colors: list[str],
-    transpose: bool,
-) -> list[Path]:
-    """One picture a slice: image with its prompts, truth, prediction; the files' paths.
-
-    shown: batches of one slice from `predictions`. `transpose` turns data upright
-    that is stored on its side. Pictures of an earlier evaluation in `folder` are removed.
-    """
+def write_report(folder: Path, report: CaseReport) -> Path:
+    """Write cases.csv, classes.md, boxes.png, worst/*.png and report.html; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in folder.glob("*.png"):
-        picture.unlink()
-    paths = []
-    for batch, mask, prompts, logits in shown:
-        name = batch["id"][0]
-        points, boxes = prompts.get("points"), prompts.get("boxes")
-        masks = {
-            "truth": mask[0].cpu().numpy(),
-            "prediction": logits[0].argmax(dim=0).cpu().numpy(),
-        }
-        file = re.sub(r"[^\w.-]", "_", name)  # an index may name its slices anything
-        paths.append(folder / f"{file}.png")
-        save_overlay(
-            paths[-1],
-            batch["image"][0, batch["image"].shape[1] // 2].numpy(),  # in 2.5D its neighbours, too
-            masks,
-            classes=classes,
-            colors=colors,
-            title=name,
-            points=points and tuple(value[0].cpu().numpy() for value in points),
-            box=None if boxes is None else boxes[0].cpu().numpy(),
-            transpose=transpose,
-        )
-    return paths
+    cases = cases_csv(report)
+    write_text(folder / "cases.csv", cases)
+    write_text(folder / "classes.md", markdown(report))
+    colors = dict(zip(report.classes, report.colors, strict=True))
+    draw_box_plots(folder / "boxes.png", box_values(report), colors)
+    (folder / "worst").mkdir(exist_ok=True)
+    for old in (folder / "worst").glob("*.png"):
+        old.unlink()
+    for place, one in enumerate(report.cases.worst, start=1):
+        path = folder / "worst" / worst_file(place, one["case"])
+        with atomic_write(path) as scratch:
+            scratch.write_bytes(b64decode(one["png"]))
+    page = folder / "report.html"
+    write_text(page, web_page(report, cases, (folder / "boxes.png").read_bytes()))
+    return page
+
+
+def worst_file(place: int, case: str) -> str:
+    """The name of the picture of the case in this place among the worst, from 1."""
+    return re.sub(r"[^\w.-]", "_", f"{place}_{case}") + ".png"  # a case may have any name
+
+
+def cases_csv(report: CaseReport) -> str:
+    """A line for each case and class, scores with all their digits, empty where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*(["from"] if report.sources else []), *COLUMNS, "unit"])
+    unit = unit_of(report.cases.in_mm)
+    for case, name, row in case_rows(report):
+        values = {"case": case, "slices": report.cases.num_slices[case], "class": name} | row
+        source = [report.sources[case]] if report.sources else []
+        writer.writerow([*source, *(values[column] for column in COLUMNS), unit])
+    return text.getvalue()
+
+
+def markdown(report: CaseReport) -> str:
+    """classes.md: what was evaluated, classes by metric, then each class in full, and the rules."""
+    facts = [f"- {name}: {value}" for name, value in report.facts.items()]
+    pooled = report.counts.summary(report.classes)
+    blocks = ["# Scores by case", "\n".join(facts), "Mean ± standard deviation over cases."]
+    blocks.append(markdown_table(*overview(report)))
+    for name in report.summary:
+        blocks += [f"## {name}", markdown_table(*details(report, name))]
+    blocks += ["## All pixels of all slices", markdown_table(*pooled_table(pooled))]
+    for title, table in report.extra.items():
+        blocks += [f"## {title}", markdown_table(*table)]
+    blocks += ["## Rules", "\n".join(f"- {rule}" for rule in rules(report.cases.in_mm))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def web_page(report: CaseReport, cases: str, boxes: bytes) -> str:
+    """report.html: all of the report in one file, without scripts and links to others."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(
+        loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return pages.get_template("report.html.j2").render(
+        facts=report.facts,
+        overview=overview(report),
+        pooled=pooled_table(report.counts.summary(report.classes)),
+        extra=report.extra,
+        boxes=b64encode(boxes).decode(),
+        worst=report.cases.worst,
+        details={name: details(report, name) for name in report.summary},
+        cases=case_table(report),
+        csv=b64encode(cases.encode()).decode(),
+        rules=rules(report.cases.in_mm),
+    )

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from usam.cli import flags
-from usam.evaluation import report
 from usam.evaluation.metrics import rank_score
 from usam.runtime import processes
 from usam.runtime.loaders import loader_for
@@ -179,7 +178,7 @@ class Run:
         self.curves.add(line, last=self.is_over)
         figures = job.shown(line["val"]) if job.validate else {}
         seconds = time.perf_counter() - self._started
-        say(report.one_line(line, figures, seconds, is_best=is_best))
+        say(one_line(line, figures, seconds, is_best=is_best))
         self.folder.save(
             self._state,
             as_best=is_best or not job.validate,
@@ -287,3 +286,21 @@ def restore(
     if saved["scaler"]:  # empty unless it was float16 that was trained with
         scaler.load_state_dict(saved["scaler"])
     checkpoint.restore_random_state(saved["rng"])
+
+
+def one_line(
+    line: Mapping[str, Any], figures: Mapping[str, float | None], seconds: float, *, is_best: bool
+) -> str:
+    """An epoch's figures for the terminal; `line` as in log.jsonl, `figures` its scores by name."""
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    text = f"epoch {line['epoch']}: loss {loss}"
+    if figures:
+        shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+        source = f" (prompts: {line['val']['prompts']})" if "prompts" in line["val"] else ""
+        text += f", validation Dice{source} " + ", ".join(shown)
+        text += " (best)" if is_best else ""
+    if line["skipped_steps"]:
+        text += f", {line['skipped_steps']} steps left out (gradients not finite)"
+    if line["quarantined"]:
+        text += f", {line['quarantined']} samples unreadable"
+    return text + f", {seconds:.0f} s"

@@ -42,7 +42,7 @@ def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Trai
     for line in store.dropped:
         say(f"left out: {line}")
     if args.eval:
-        evaluation.evaluate(args, precision, model, store)
+        evaluation.evaluate(args, precision, saved)
     else:
         if saved and args.classes is None:
             args.classes = saved["data"].get("trained_classes")
