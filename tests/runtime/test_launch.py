@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,76 @@ from tests.helpers.toy import CPU
 from usam.runtime import processes
 
 
-def test_a_slurm_job_of_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}.items():
+def set_launch(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Set the variables of a launcher, and remove those of all others."""
+    for name in [*os.environ]:
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"},  # a script of sbatch
+        {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"},  # the shell of salloc
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"},  # srun -n 1
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {},
+    ],
+)
+def test_a_launch_of_one_process_is_one_process(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    set_launch(monkeypatch, **variables)
     assert processes.start("cpu") == CPU
     assert not dist.is_initialized()
     assert (processes.rank(), processes.world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+def test_several_processes_without_world_size_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    set_launch(monkeypatch, **variables)
+    with pytest.raises(ValueError, match=r"has 2 processes, but no --world_size: .*torchrun"):
+        processes.start("cpu")
+    assert processes.start("cpu", num_processes=1) == CPU  # separate runs, as asked for
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK: 'x' is not a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 50}, "WORLD_SIZE: '9999"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "process number 2 does not fit 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "process number 0 does not fit 0 processes"),
+        ({"SLURM_PROCID": "-1", "SLURM_NTASKS": "2"}, "SLURM_PROCID: '-1' is not"),
+    ],
+)
+def test_a_launcher_s_odd_variables_are_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    set_launch(monkeypatch, **variables)
+    with pytest.raises(ValueError, match=expected):
+        processes.start("cpu")
+
+
+def test_processes_that_cannot_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_launch(monkeypatch, SLURM_PROCID="0")
+    for url in ("nowhere", "gopher://a:1", "tcp://no-port"):
+        with pytest.raises(ValueError, match="process 0 could not join the others"):
+            processes.start("cpu", num_processes=2, dist_url=url)
 
 
 def test_world_size_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +116,7 @@ def test_one_gpu_for_all_processes_of_a_machine_is_refused(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:one", "cuda:-1", "cpu:0", ""])
 def test_devices_by_another_name_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="wanted auto, cuda, cuda:N, mps or cpu"):
+    with pytest.raises(ValueError, match="expected auto, cuda, cuda:N, mps or cpu"):
         processes.select_device(name, 0)
 
 
@@ -63,7 +126,7 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.Monk
     assert processes.select_device("auto", 0) == CPU
     with pytest.raises(ValueError, match="no CUDA GPU; use --device cpu"):
         processes.select_device("cuda", 0)
-    with pytest.raises(ValueError, match="this machine has none"):
+    with pytest.raises(ValueError, match="not available on this machine"):
         processes.select_device("mps", 0)
 
 
@@ -71,5 +134,5 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert processes.select_device("cuda", 0) == torch.device("cuda", 0)
-    with pytest.raises(ValueError, match="process 1 wants GPU 1, but there are 1"):
+    with pytest.raises(ValueError, match="process 1 .* needs GPU 1, but PyTorch finds 1 GPU;"):
         processes.select_device("cuda", 1)

@@ -97,5 +97,5 @@ def test_the_others_end_within_seconds_and_no_process_stays(
         assert code == -signal.SIGKILL
     else:
         assert (code, "the true error" in said) == (2 if kind == "error" else 1, True)
-    assert "another process of this run has ended" in outputs[other].read_text(encoding="utf-8")
+    assert "another process of this run failed" in outputs[other].read_text(encoding="utf-8")
     assert "Traceback" not in outputs[other].read_text(encoding="utf-8")

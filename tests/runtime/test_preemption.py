@@ -200,7 +200,7 @@ def test_before_training_a_signal_ends_the_run_with_the_same_code(
 ) -> None:
     result = stopped_run(capsys, flags(tmp_path / "run"), engine, "build_optimizer", call=1)
     assert result.code == STOPPED
-    assert "stopped by SIGTERM before training began: nothing to save" in result.out
+    assert "stopped by SIGTERM before training: nothing to save" in result.out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert not list((tmp_path / "run").glob("*.pth"))
 

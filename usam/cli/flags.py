@@ -216,7 +216,7 @@ FLAGS = (
     Flag("checkpoint_activations", "run",
          "recompute activations in the backward pass: less memory, more time", None),
     Flag("world_size", "run", "number of processes that srun starts; torchrun sets it itself",
-         whole(1, MAX_PROCESSES), default=1, metavar="N"),
+         whole(1, MAX_PROCESSES), metavar="N", shown="1"),
     Flag("dist_url", "run",
          "URL for setting up distributed training under srun: tcp://HOST:PORT or file:///PATH",
          default="env://", metavar="URL"),

@@ -1,7 +1,4 @@
-"""Processes of one run watch over each other: once one is gone, the others end, too, and soon.
-
-u-sam.py watches from the moment they have met, and ends through `end` where something went wrong.
-"""
+"""The processes of a run watch each other: when one fails, the others end within seconds."""
 
 from __future__ import annotations
 
@@ -22,22 +19,22 @@ import torch.distributed as dist
 from usam.runtime.processes import world_size
 
 FAILED = 1  # exit code of a process that ends because another did
-SECONDS = 0.5  # between two signs of life
-GRACE = 2.0  # seconds a process has to say itself what it ran into
-SAVING = 10.0  # seconds a save under way may take to its end
-PATIENCE = timedelta(days=7)  # with a process that is stopped, but alive
-GONE = "u-sam.py: another process of this run has ended; see what it said"
-# What a collective of the gloo backend says where the other side is no more.
+SECONDS = 0.5  # between two heartbeats
+GRACE = 2.0  # seconds a process has to print its own error
+SAVING = 10.0  # seconds that a save in progress may take to finish
+LONGEST_PAUSE = timedelta(days=7)  # of a process that is stopped, but alive
+PEER_FAILED = "u-sam.py: another process of this run failed; see its error above"
+# Errors of gloo when the other side has ended.
 LOST = re.compile("closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """A context that all processes leave together, or that ends this one when another is gone.
+    """A context that all processes leave together, or that ends this one when another fails.
 
-    A process that waits for a dead one inside a collective of its device would wait for ever; so
-    a thread of its own exchanges signs of life over a gloo group. An exit by SystemExit counts as
-    one that all agreed on.
+    A process that waits for a dead one inside a collective of its device would wait for ever, so
+    a separate thread exchanges heartbeats over a gloo group. An exit by SystemExit counts as one
+    that all processes agreed on.
     """
     if world_size() == 1:
         yield
@@ -53,26 +50,26 @@ def watched() -> Iterator[None]:
 
 
 class PeerWatch(threading.Thread):
-    """Signs of life from all processes until all of them leave."""
+    """A thread that exchanges heartbeats with all processes until all of them leave."""
 
     def __init__(self) -> None:
         super().__init__(name="peers", daemon=True)
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_PAUSE)
         self._leaving = threading.Event()
 
     def run(self) -> None:
-        """Exchange signs of life; end this process when another does not answer any more."""
-        everybody_leaves = False
-        while not everybody_leaves:
+        """Exchange heartbeats; end this process when another no longer answers."""
+        all_leave = False
+        while not all_leave:
             self._leaving.wait(SECONDS)
-            sign = torch.tensor(int(self._leaving.is_set()))
+            heartbeat = torch.tensor(int(self._leaving.is_set()))
             try:
-                dist.all_reduce(sign, dist.ReduceOp.MIN, group=self._group)
+                dist.all_reduce(heartbeat, dist.ReduceOp.MIN, group=self._group)
             except RuntimeError:
                 time.sleep(GRACE)
-                print(GONE, file=sys.stderr, flush=True)
+                print(PEER_FAILED, file=sys.stderr, flush=True)
                 end(FAILED)
-            everybody_leaves = bool(sign)
+            all_leave = bool(heartbeat)
 
     def leave(self) -> None:
         """Return when all processes are about to leave."""
@@ -81,23 +78,23 @@ class PeerWatch(threading.Thread):
 
 
 def end_by(error: BaseException) -> NoReturn:
-    """End this process of several because of `error`, shown unless it is only that another ended.
+    """End this process of several because of `error`; raises it in a run of one process.
 
-    Where there is one process, raises `error`.
+    The traceback is printed unless the error only says that another process has ended.
     """
     if world_size() == 1:
         raise error
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
-        print(GONE, file=sys.stderr, flush=True)
+        print(PEER_FAILED, file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
     end(FAILED)
 
 
 def end(code: int) -> NoReturn:
-    """End this process with `code`, of several at once, without a farewell that others must answer.
+    """Exit with `code`; one of several processes exits at once after a save in progress.
 
-    A save under way still has some seconds.
+    It skips the distributed shutdown, which would wait for the others.
     """
     if world_size() == 1:
         sys.exit(code)

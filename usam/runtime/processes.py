@@ -18,52 +18,66 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dataset.text import counted, printable
+
 TIMEOUT = timedelta(minutes=30)  # packing a data set on rank 0 is the longest wait
+LAUNCH = "or launch with: torchrun --nproc_per_node=N u-sam.py ..."
 
 
 def rank() -> int:
-    """This process's number among all of the run."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints, writes files and downloads."""
+    """Whether this is the process that prints, writes files and downloads."""
     return rank() == 0
 
 
 def say(text: str) -> None:
-    """Print on the main process."""
+    """Print on the main process, without characters that steer the terminal."""
     if is_main():
-        print(text, flush=True)
+        print(printable(text, keep="\n\t"), flush=True)
 
 
-def start(device: str, *, num_processes: int = 1, dist_url: str = "env://") -> torch.device:
-    """The device this process computes on, after it joined the others where there are any.
+def start(
+    device: str, *, num_processes: int | None = None, dist_url: str = "env://"
+) -> torch.device:
+    """Join the other processes, if there are any, and return the device of this one.
 
-    torchrun and `torch.distributed.launch --use_env` are recognised by the variables they set.
-    Anything else is one process unless `num_processes` asks for more; then `dist_url` is where the
-    processes meet (tcp://host:port or file:///path) and srun gives each its rank.
-    Raises ValueError for a device that is not there or a launch that cannot work.
+    torchrun and `torch.distributed.launch --use_env` are recognised by the variables they set;
+    otherwise it is one process unless `num_processes` is larger. Then srun numbers the processes,
+    and `dist_url` is where they meet (tcp://host:port or file:///path).
+    Raises ValueError for a missing device and for launches that cannot work, among them several
+    processes of srun or mpirun without `num_processes`, which would all do the same work.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        number, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        number, num_processes = _environment("RANK"), _environment("WORLD_SIZE")
+        local_rank = _environment("LOCAL_RANK", 0)
         dist_url = "env://"
-    elif num_processes > 1:
+    elif num_processes is not None and num_processes > 1:
         if "SLURM_PROCID" not in os.environ or dist_url == "env://":
             raise ValueError(
                 f"--world_size {num_processes} without torchrun needs srun and --dist_url "
-                "tcp://HOST:PORT; or launch with: torchrun --nproc_per_node=N u-sam.py ..."
+                f"tcp://HOST:PORT; {LAUNCH}"
             )
-        number = int(os.environ["SLURM_PROCID"])
-        local_rank = int(os.environ.get("SLURM_LOCALID", 0))
+        number = _environment("SLURM_PROCID")
+        local_rank = _environment("SLURM_LOCALID", 0)
     else:
+        if num_processes is None and (launched := launched_processes()) > 1:
+            raise ValueError(
+                f"this launch has {counted(launched, 'process', 'processes')}, but no --world_size:"
+                f" give --world_size {launched} --dist_url tcp://HOST:PORT, {LAUNCH}; separate "
+                "runs need --world_size 1 and an --output_dir each"
+            )
         return select_device(device, 0)
+    if not 0 <= number < num_processes:
+        raise ValueError(f"process number {number} does not fit {num_processes} processes")
     if num_processes > 1 and device.startswith("cuda:"):
         raise ValueError(
             f"--device {device} would put all processes of a machine on one GPU; --device cuda "
@@ -72,14 +86,42 @@ def start(device: str, *, num_processes: int = 1, dist_url: str = "env://") -> t
     chosen = select_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-        init_method=dist_url,
-        rank=number,
-        world_size=num_processes,
-        timeout=TIMEOUT,
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=number,
+            world_size=num_processes,
+            timeout=TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"process {number} could not join the others ({cause})") from error
     return chosen
+
+
+def launched_processes() -> int:
+    """How many processes srun or mpirun started of this program, as far as they say.
+
+    A script under plain sbatch is one process, whatever --ntasks the job has: it has no step.
+    """
+    if "SLURM_PROCID" in os.environ:
+        tasks = _environment("SLURM_STEP_NUM_TASKS", 0) or _environment("SLURM_NTASKS", 1)
+        in_step = any(
+            name in os.environ for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID")
+        )
+        return tasks if in_step or _environment("SLURM_PROCID") > 0 else 1
+    return _environment("OMPI_COMM_WORLD_SIZE", 1)
+
+
+def _environment(name: str, default: int | None = None) -> int:
+    """The whole number in an environment variable; ValueError names what else is in it."""
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise ValueError(f"environment variable {name}: {text[:40]!r} is not a whole number")
+    return int(text)
 
 
 def stop() -> None:
@@ -91,26 +133,25 @@ def stop() -> None:
 def select_device(name: str, local_rank: int) -> torch.device:
     """The device called `name`; "auto" prefers CUDA, then Apple's MPS, then the CPU.
 
-    Raises ValueError if CUDA or MPS is asked for and absent, there are too few GPUs, or for
-    another name.
+    Raises ValueError for another name, for CUDA or MPS where it is missing, and for too few GPUs.
     """
-    if not re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", name):
-        raise ValueError(f"--device {name}: wanted auto, cuda, cuda:N, mps or cpu")
+    if not re.fullmatch(r"auto|cuda(:\d{1,6})?|mps|cpu", name, re.ASCII):
+        raise ValueError(f"--device {name[:40]}: expected auto, cuda, cuda:N, mps or cpu")
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu")
+            raise ValueError("--device cuda: PyTorch finds no CUDA GPU; use --device cpu")
         index = int(name.partition(":")[2] or local_rank)
         if index >= torch.cuda.device_count():
             raise ValueError(
-                f"process {local_rank} wants GPU {index}, but there are "
-                f"{torch.cuda.device_count()}; start fewer processes a machine"
+                f"process {local_rank} of this machine needs GPU {index}, but PyTorch finds "
+                f"{counted(torch.cuda.device_count(), 'GPU')}; start fewer processes per machine"
             )
         return torch.device("cuda", index)
     if name == "mps" and not has_mps:
-        raise ValueError("--device mps: this machine has none; use --device cpu")
+        raise ValueError("--device mps: not available on this machine; use --device cpu")
     return torch.device(name)
 
 
@@ -125,15 +166,16 @@ def main_process_first() -> Iterator[None]:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with gradients averaged over the processes; itself where there is one.
+    """`model` with gradients averaged over the processes; itself in a run of one process.
 
-    Every trained parameter has a gradient in every step, so none is searched for. BatchNorm
-    statistics stay with their process until `broadcast_buffers`, as in the published code.
+    Every trained parameter has a gradient in every step, so unused ones need not be searched for.
+    BatchNorm statistics stay with their process until `broadcast_buffers`, as in the published
+    code.
     """
     if world_size() == 1:
         return model
     devices = [device] if device.type == "cuda" else None
-    # Said by every process: of one 1x1 convolution, and of an argument's name in newer torch.
+    # Every process would print them: one of 1x1 convolutions, one of an argument's new name.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", message="`?broadcast_buffers`? is deprecated")
     return DistributedDataParallel(
@@ -142,7 +184,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes, on all of them; itself where there is one."""
+    """The sum of `tensor` over all processes, on all of them."""
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -159,19 +201,20 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_texts(text: str) -> list[str]:
-    """`text` of every process, in order of rank, on all of them; sent as bytes."""
-    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    """`text` of every process, in the order of ranks, on all of them; sent as bytes."""
+    own = torch.tensor(list(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8)
     sizes = gather(torch.tensor(len(own))).tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(own)] = own
     received = gather(padded)
     return [
-        part[:size].numpy().tobytes().decode() for part, size in zip(received, sizes, strict=True)
+        part[:size].numpy().tobytes().decode("utf-8", "surrogateescape")
+        for part, size in zip(received, sizes, strict=True)
     ]
 
 
 def from_main(ask: Callable[[], int]) -> int:
-    """What `ask` gives on the main process, on all of them; the others do not ask."""
+    """The number that `ask` returns on the main process, sent to all; only that one calls it."""
     answer = torch.tensor(ask() if is_main() else 0)
     if dist.is_initialized():
         dist.broadcast(answer, src=0)
@@ -183,7 +226,7 @@ def check_same(text: str, what: str) -> None:
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
     numbers = torch.frombuffer(bytearray(digest), dtype=torch.int64)
     if any(not torch.equal(other, numbers) for other in gather(numbers)):
-        raise ValueError(f"{what} are not the same on all processes; do all see the same files?")
+        raise ValueError(f"{what} differ between processes; do all of them see the same files?")
 
 
 @torch.no_grad()
@@ -197,7 +240,7 @@ def check_same_weights(model: nn.Module, epoch: int) -> None:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A number (int64 scalar, on the tensor's device) that tells apart tensors of other bits."""
+    """A number (int64 scalar, on the tensor's device) that differs for tensors of other bits."""
     bits = tensor.contiguous().view(-1).view(torch.uint8)
     if tensor.element_size() % 4 == 0:
         bits = bits.view(torch.int32)

@@ -1,7 +1,4 @@
-"""Progress bars of long loops, on rank 0: quick on a terminal, sparse in a log file.
-
-The engine, the click rounds and the prompt sweep draw theirs here.
-"""
+"""Progress bars of long loops, on rank 0: smooth on a terminal, sparse in a log file."""
 
 from __future__ import annotations
 
@@ -12,18 +9,18 @@ from tqdm import tqdm
 
 from usam.runtime.processes import is_main
 
-LOG_SECONDS = 30  # between two lines of a bar that is written to a file
+LOG_SECONDS = 30  # between two lines of a bar in a log file
 
 
 def is_terminal() -> bool:
-    """Whether bars are looked at as they move."""
+    """Whether bars are shown on a terminal."""
     return sys.stderr.isatty()
 
 
-def progress_bar(*items: Any, **how: Any) -> tqdm:
-    """tqdm's bar over `items`, gone when it is done; `how` as tqdm's own."""
-    often = 0.1 if is_terminal() else LOG_SECONDS
+def progress_bar(*items: Any, **options: Any) -> tqdm:
+    """tqdm's bar over `items`, removed when it is done; options as for tqdm."""
+    interval = 0.1 if is_terminal() else LOG_SECONDS
     return tqdm(
-        *items, disable=not is_main(), leave=False, dynamic_ncols=True, mininterval=often,
-        maxinterval=max(10, often), **how,
+        *items, disable=not is_main(), leave=False, dynamic_ncols=True, mininterval=interval,
+        maxinterval=max(10, interval), **options,
     )  # fmt: skip

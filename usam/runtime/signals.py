@@ -1,7 +1,6 @@
-"""Stopping on request: SIGTERM, SIGUSR1, Ctrl-C end training at a step that all processes agree on.
+"""Stopping by signal: training ends after a step that all processes agree on, and is saved.
 
-training.py asks after every optimizer step and before every batch of a validation; the workers of
-its loaders sit such signals out.
+The signals are SIGTERM, SIGUSR1 (batch systems), SIGHUP (a closed terminal) and Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from torch.utils.data import DataLoader
 from usam.runtime.peers import end
 from usam.runtime.processes import world_size
 
-STOPPED = 75  # exit code of a run that saved itself and may go on: EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-AGAIN = b"\nstopping after this step, all saved; Ctrl-C again ends at once, unsaved\n"
-GONE_AFTER = 0.2  # seconds, what Ctrl-C ends beside this process
-SECONDS = 0.5  # between two exchanges of the flag, where steps are shorter
-MAX_CALLS = 16  # between two exchanges, should steps suddenly take longer
+STOPPED = 75  # exit code of a run that was saved and can be resumed: EX_TEMPFAIL of sysexits.h
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+AGAIN = b"\nstopping after this step and saving; Ctrl-C again ends at once without saving\n"
+CLOSED_AFTER = 0.2  # seconds, the programs that Ctrl-C ends together with this one
+SECONDS = 0.5  # between two exchanges of the flag
+MAX_CALLS = 16  # between two exchanges, in case steps suddenly take longer
 
 
 class StopRequest:
-    """Whether a process of this run was asked to stop; a context that listens for the signals.
+    """Whether a process of this run received a signal to stop; a context that handles signals.
 
     Before `watch` there is nothing to save, and a signal ends the process at once with STOPPED.
-    From then on it is only noted, however often it comes, and `asked` tells every process so in
-    the same place; a second Ctrl-C in a run of one process is a KeyboardInterrupt. The flag
-    travels over a gloo group of its own, so no device is waited for.
+    After it a signal is only noted, and `asked` returns True on every process at the same step; a
+    second Ctrl-C in a run of one process is a KeyboardInterrupt. The flag is exchanged over a
+    separate gloo group, so that no device has to be waited for. SIGHUP stays ignored under nohup.
     """
 
     def __init__(self) -> None:
@@ -50,39 +49,42 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():  # saved: nothing may change the exit code
+        for number, handler in self._before.items():  # once saved, nothing may change the exit code
             signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True
+        if number == signal.SIGHUP:
+            redirect_closed_outputs()
         if number == signal.SIGINT and self._watched and world_size() == 1:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-            leave_dead_pipes()
+            redirect_closed_outputs()
             os.write(2, AGAIN)  # print may be what was interrupted
         if not self._watched:
             name = signal.Signals(number).name
-            print(f"stopped by {name} before training began: nothing to save", flush=True)
+            print(f"stopped by {name} before training: nothing to save", flush=True)
             end(STOPPED)
 
     def watch(self) -> None:
-        """Note signals from here on; every process must call it."""
+        """Note signals from now on; every process must call it."""
         if world_size() > 1:
             self._group = dist.new_group(backend="gloo")
         self._watched = True
 
     def asked(self, *, at_once: bool = False) -> bool:
-        """Whether a process was asked to stop; every process must ask equally often.
+        """Whether a process received a signal to stop; all processes must call it equally often.
 
-        The flag is exchanged twice a second, or at every call where calls are rarer. `at_once`
-        exchanges it now, and begins a stretch of calls whose pace is measured anew.
+        The flag is exchanged twice per second, or at every call where calls are rarer. `at_once`
+        exchanges it now and restarts the measurement of how often calls come.
         """
         if self.agreed or self._group is None:
             self.agreed = self.agreed or self._noted
@@ -103,30 +105,30 @@ class StopRequest:
         self.agreed = noted > 0
 
     def wait_for_all(self) -> None:
-        """Return when every process has come here: none may leave while one still saves."""
+        """Return when every process has called this: none may exit while another is saving."""
         if self._group is not None:
             dist.barrier(self._group)
 
 
-def leave_dead_pipes() -> None:
-    """Send output nowhere that goes to a process that is gone, as `| tee log` is after Ctrl-C.
+def redirect_closed_outputs() -> None:
+    """Discard output to a closed terminal or an ended program, such as `| tee log` after Ctrl-C.
 
-    Writing to it would be an error, in the midst of saving.
+    Writing to it would raise an error during the save.
     """
-    time.sleep(GONE_AFTER)
+    time.sleep(CLOSED_AFTER)
     for number in (1, 2):
         pipe = select.poll()
         pipe.register(number, 0)
-        if any(event & select.POLLERR for _, event in pipe.poll(0)):
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, number)
             os.close(nowhere)
 
 
 class Watched:
-    """The batches of an evaluation loader, which end early once the run was asked to stop.
+    """The batches of an evaluation loader; they end early when the run receives a signal to stop.
 
-    Every process asks equally often, also where its share is a batch shorter than another's.
+    Every process checks equally often, even if its share is one batch shorter than another's.
     """
 
     def __init__(self, loader: DataLoader, stop: StopRequest) -> None:
@@ -139,7 +141,7 @@ class Watched:
         samples_at_once = self._loader.batch_size * world_size()
         batches = iter(self._loader)
         for number in range(math.ceil(len(self._loader.dataset) / samples_at_once)):
-            if number and self._stop.asked(at_once=number == 1):  # one batch there is always
+            if number and self._stop.asked(at_once=number == 1):  # there is always one batch
                 return
             batch = next(batches, None)
             if batch is not None:
@@ -148,7 +150,7 @@ class Watched:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """A context in which no signal comes through; processes started in it begin deaf to them."""
+    """A context in which the signals are blocked, also in processes started within it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -157,22 +159,22 @@ def signals_held() -> Iterator[None]:
 
 
 def sit_out_signals(worker: int) -> None:
-    """Let a loader's worker end with its process, not by signals that are sent to all of them.
+    """Make a DataLoader worker ignore signals that are sent to the whole process group.
 
-    A scheduler signals whole process groups, and a worker that obeys takes the unsaved run with
-    it. Only its own process may end it by SIGTERM, as torch does where one hangs at exit. The
-    worker was started with `signals_held`.
+    Batch systems signal whole process groups; a worker that ended would end the run unsaved. Only
+    its own process may end it by SIGTERM, as torch does with one that hangs at exit. The worker
+    was started within `signals_held`.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, which does not tell who sent a signal
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not say which process sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = os.getppid()
 
-    def obey_the_parent() -> None:
+    def end_with_parent() -> None:
         while True:
             sent = signal.sigwaitinfo(SIGNALS)
             if sent.si_pid == parent and sent.si_signo == signal.SIGTERM:
                 os._exit(0)
 
-    threading.Thread(target=obey_the_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
