@@ -20,8 +20,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dataset.labels import from_care
 from dataset.store import slices
-from dataset.store.places import packed_place, packed_places
+from dataset.store.folder import (
+    HEADER_BYTES,
+    Entry,
+    check_name,
+    npy_header,
+    packed_place,
+    packed_places,
+)  # fmt: skip
 from dataset.store.slices import SliceStore
 
 PACKING = 1  # raise it when packing changes: stores packed by older rules are then made again
@@ -127,7 +135,7 @@ def _slice_name(text: str, where: str) -> str:
     outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\0" in name
     if outside or ".." in re.split(r"[/\\]", name):
         raise ValueError(f"{where}: {text!r:.120} points outside the release; plain names wanted")
-    return slices.check_name(name.removesuffix(".npz"), where)
+    return check_name(name.removesuffix(".npz"), where)
 
 
 def case_of(name: str) -> tuple[str, int]:
@@ -165,12 +173,8 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: image {image.shape} and label {label.shape} differ in shape")
     if image.dtype.kind != "f" or not np.isfinite(image).all():
         raise ValueError(f"{path}: the image must hold finite floats about [0, 1] ({image.dtype})")
-    known = np.isin(label, (0, 1, 2, 3))
-    if not known.all():
-        found = ", ".join(f"{value:g}" for value in np.unique(label[~known])[:5])
-        raise ValueError(f"{path}: label ids {found} are not among 0, 1, 2, 3")
     pixels = (np.clip(image.astype(np.float64), 0, 1) * 255).astype(np.uint8)
-    return pixels, np.minimum(label, 2).astype(np.uint8)
+    return pixels, from_care(label, path)
 
 
 def _read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
@@ -182,8 +186,8 @@ def _read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{key} is compressed in a way numpy never writes")
     with archive.open(name) as stream:
-        head = stream.read(slices.HEADER_BYTES)
-        shape, fortran, dtype, offset = slices.npy_header(head)
+        head = stream.read(HEADER_BYTES)
+        shape, fortran, dtype, offset = npy_header(head)
         if len(shape) != 2 or not all(0 < side <= MAX_SIDE for side in shape):
             raise ValueError(
                 f"{key} is {shape}; a slice of up to {MAX_SIDE} x {MAX_SIDE} is wanted"
@@ -203,7 +207,7 @@ def pack(splits: list[Split], place: Path, digest: str) -> None:
     """Writes the release as a slice store at `place`, whole or not at all; one case in memory."""
     scratch = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     try:
         cases = []
         total = sum(len(split.files) for split in splits)
@@ -238,7 +242,7 @@ def _by_case(files: list[Path]) -> dict[str, list[Path]]:
     return cases
 
 
-def _write(folder: Path, split: Split, case: str, read: list) -> list[slices.Entry]:
+def _write(folder: Path, split: Split, case: str, read: list) -> list[Entry]:
     """Index entries of a case's slices, one for each size they come in."""
     sizes: dict[tuple[int, int], list] = {}
     for file, arrays in read:

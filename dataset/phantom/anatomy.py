@@ -24,7 +24,8 @@ from dataset.prepare.sources import class_table
 from dataset.scans.orientation import SliceStack, to_canonical
 from dataset.scans.read import SCAN_SUFFIXES, read_label, scan_stem
 from dataset.splits import hold_out, split_table
-from dataset.store.slices import Entry, write_case, write_index
+from dataset.store.folder import Entry
+from dataset.store.slices import write_case, write_index
 
 VERSION = 1  # raised whenever the same seed draws other pictures
 PIXEL = 2.0  # mm, of a finished slice

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from dataset.phantom.outlines import cut, table
 from dataset.phantom.patient import draw_anatomy
 from dataset.phantom.shapes import Shape, Tissue
-from dataset.store.slices import Entry, SliceStore, move_into_place, write_case, write_index
+from dataset.store.folder import Entry
+from dataset.store.slices import SliceStore, move_into_place, write_case, write_index
 
 VERSION = 3  # raised whenever the same seed draws other pictures
 SIZE = 224  # pixels a side, as the CARE release's slices

@@ -26,6 +26,7 @@ from dataset.prepare.volumes import prepare_volumes
 from dataset.scans.window import WINDOWS, Window, parse_window
 from dataset.splits import hold_out, read_fold, split_table
 from dataset.store import slices
+from dataset.store.folder import Entry
 from dataset.store.slices import SliceStore
 
 EXAMPLES = """examples:
@@ -197,7 +198,7 @@ def _summary_from_flags(args: argparse.Namespace) -> list[str]:
     return summary_lines(*_prepare_from_flags(args))
 
 
-def _prepare_from_flags(args: argparse.Namespace) -> tuple[slices.Entry, list[str]]:
+def _prepare_from_flags(args: argparse.Namespace) -> tuple[Entry, list[str]]:
     source = find_source(
         args.source, args.input, labels=args.labels, channel=args.channel, classes=args.classes
     )
@@ -216,7 +217,7 @@ def _prepare_from_flags(args: argparse.Namespace) -> tuple[slices.Entry, list[st
     )
 
 
-def prepare_care(release: Path, output: Path) -> slices.Entry:
+def prepare_care(release: Path, output: Path) -> Entry:
     """Index of the store that `output` becomes from a CARE release; nothing is done twice."""
     splits = rectum.find_splits(release)
     digest = rectum.source_digest(release, splits)
@@ -240,7 +241,7 @@ def prepare_scans(
     folds: int | None = None,
     seed: int = 202307,
     workers: int = 1,
-) -> tuple[slices.Entry, list[str]]:
+) -> tuple[Entry, list[str]]:
     """(index, lines on what was left out) of the store made of a source's cases.
 
     Cases packed before from the same files with the same options are kept as they are. Raises
@@ -253,7 +254,7 @@ def prepare_scans(
         window=window,
         spacing=spacing,
         body_crop=body_crop,
-        num_classes=len(source.classes) if source.classes else 255,
+        num_classes=len(source.classes) if source.classes else None,
         ignore_label_affine=ignore_label_affine,
     )
     jobs = [Job(case, output, options) for case in source.cases]
@@ -268,7 +269,7 @@ def prepare_scans(
     return SliceStore(output).index, [*left_out_lines(source), *changed]
 
 
-def _options_before(output: Path) -> slices.Entry:
+def _options_before(output: Path) -> Entry:
     """How a store that is there already was made, and whether it has folds; empty without one."""
     try:
         index = SliceStore(output).index
@@ -280,7 +281,7 @@ def _options_before(output: Path) -> slices.Entry:
     return options
 
 
-def _changed_lines(before: slices.Entry, index: slices.Entry, folds: int | None) -> list[str]:
+def _changed_lines(before: Entry, index: Entry, folds: int | None) -> list[str]:
     """How the store differs from the one that was there, `before`."""
     lines = [
         f"replaces a store of another {name}: {index[name]} (was {value})"
@@ -292,9 +293,7 @@ def _changed_lines(before: slices.Entry, index: slices.Entry, folds: int | None)
     return lines
 
 
-def _index_of(
-    source: Source, entries: list[slices.Entry], options: Options, *, clahe: bool
-) -> slices.Entry:
+def _index_of(source: Source, entries: list[Entry], options: Options, *, clahe: bool) -> Entry:
     """What index.json says of the store."""
     window, sources = options.window, "".join(entry["source"] for entry in entries)
     return {
@@ -310,7 +309,7 @@ def _index_of(
     }
 
 
-def _places(index: slices.Entry) -> list[tuple[str, str]]:
+def _places(index: Entry) -> list[tuple[str, str]]:
     return [(case["id"], case["split"]) for case in index["cases"]]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset.parallel import each_case
 from dataset.prepare.sources import class_table
-from dataset.store.slices import Entry
+from dataset.store.folder import Entry
 
 
 def pack_all(work: Callable[[Any], Entry], jobs: Sequence[Any], workers: int) -> list[Entry]:

@@ -24,6 +24,7 @@ from dataset.scans.orientation import geometry_difference, to_canonical
 from dataset.scans.read import read_header, read_label, read_scan
 from dataset.scans.window import Window, apply_window, window_limits
 from dataset.store import slices
+from dataset.store.folder import Entry
 
 PACKING = 1  # raise it when packing changes: cases packed by older rules are then packed again
 HASH_BYTES = 2**20
@@ -37,7 +38,7 @@ class Options:
     window: Window
     spacing: float | None = None
     body_crop: bool = False
-    num_classes: int = 256
+    num_classes: int | None = None
     ignore_label_affine: bool = False
 
 
@@ -60,7 +61,7 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).lstrip(".") or "case"
 
 
-def pack_case(job: Job) -> slices.Entry:
+def pack_case(job: Job) -> Entry:
     """The case's index entry, with arrays and record written unless they are there already.
 
     Holds one volume at a time. Raises ValueError or FileNotFoundError naming the file: a scan or
@@ -157,7 +158,7 @@ def file_blocks(path: Path) -> Iterator[bytes]:
                 yield block
 
 
-def _recorded(record: Path, key: str) -> slices.Entry | None:
+def _recorded(record: Path, key: str) -> Entry | None:
     """The entry of a case packed before from the same bytes, if its arrays are there in full."""
     try:
         held = json.loads(record.read_bytes())

@@ -26,8 +26,7 @@ from dataset.scans.orientation import geometry_difference
 from dataset.scans.read import read_label
 from dataset.scans.volumes import Grid, ScanVolume, read_volume, resample_label
 from dataset.splits import hold_out
-from dataset.store.places import packed_place, packed_places
-from dataset.store.slices import Entry
+from dataset.store.folder import Entry, packed_place, packed_places
 from dataset.store.volumes import VolumeStore, case_bytes, write_volume, write_volume_index
 
 PACKING = 2  # raise it when packing changes: cases packed by older rules are then packed again

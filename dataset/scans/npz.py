@@ -18,7 +18,7 @@ from dataset.scans.header import (
     narrow,
     size_text,
 )
-from dataset.store.slices import HEADER_BYTES, npy_header
+from dataset.store.folder import HEADER_BYTES, npy_header
 
 NUMPY_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)

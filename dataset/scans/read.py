@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dataset.labels import check_label_ids, listed
 from dataset.scans.header import Scan, ScanHeader, size_text
 from dataset.scans.nifti import NIFTI_SUFFIXES, NiftiFile, open_nifti
 from dataset.scans.npz import CareSlice, open_npz
@@ -92,8 +93,8 @@ def read_scan(path: str | Path, channel: int | None = None, series: int | None =
     return Scan(array, header)
 
 
-def read_label(path: str | Path, num_classes: int = 256) -> Scan:
-    """A label map in file order, uint8 (I, J, K) in [0, num_classes).
+def read_label(path: str | Path, num_classes: int | None = None) -> Scan:
+    """A label map in file order, uint8 (I, J, K); ids as check_label_ids wants them.
 
     Values within 0.001 of a whole number are that number. Raises what read_scan raises, and
     ValueError, naming the ids, for fractional or unknown labels.
@@ -111,16 +112,7 @@ def read_label(path: str | Path, num_classes: int = 256) -> Scan:
         apart = np.abs(stored - whole) > WHOLE_WITHIN
         if apart.any():
             odd = np.unique(stored[apart])[:5]
-            raise ValueError(f"{path}: labels are not whole numbers: {_listed(odd)}")
+            raise ValueError(f"{path}: labels are not whole numbers: {listed(odd)}")
         stored = whole
-    if stored.min() < 0 or stored.max() >= num_classes:
-        ids = np.unique(stored[(stored < 0) | (stored >= num_classes)])[:5]
-        raise ValueError(
-            f"{path}: label ids outside the table of {num_classes} classes (background "
-            f"included): {_listed(ids)}"
-        )
+    check_label_ids(stored, num_classes, path)
     return Scan(stored.astype(np.uint8, order="K", copy=False), scan.header)
-
-
-def _listed(values: np.ndarray) -> str:
-    return ", ".join(f"{float(value):.6g}" for value in values)

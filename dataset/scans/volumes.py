@@ -181,7 +181,7 @@ def read_volume(
     return ScanVolume(resample_image(scan.array, grid), grid)
 
 
-def read_label_volume(path: str | Path, grid: Grid, num_classes: int = 256) -> np.ndarray:
+def read_label_volume(path: str | Path, grid: Grid, num_classes: int | None = None) -> np.ndarray:
     """A label file, uint8 (X, Y, Z), at the voxels of an image's 1.5 mm volume.
 
     Raises what read_label raises, and ValueError if it does not lie on the image.

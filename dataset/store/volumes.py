@@ -1,38 +1,66 @@
 """The volume store: a folder of memory-mapped volumes at 1.5 mm with their labels and one index.
 
 Preparation and the drawn volumes write it, the Dataset reads it; it follows the slice store
-(dataset.slices) with volumes (X, Y, Z) in RAS order in place of slices.
+(store.slices) with volumes (X, Y, Z) in RAS order in place of slices.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dataset.files import write_json
-from dataset.store.slices import (
-    MAX_INDEX_BYTES,
-    MAX_OPEN_CASES,
-    SPLITS,
-    Entry,
-    check_classes,
-    check_name,
-    map_array,
-    save_array,
-    still_whole,
-)
+from dataset.store.folder import Entry, Store, check_table, write_arrays, write_checked_index
 
 FORMAT = "volumes-1"
 DTYPES = ("int16", "float32")
 CASE_KEYS = {"id", "split", "file", "shape", "dtype", "spacing", "affine", "pixels", "boxes"}
 CASE_KEYS |= {"objects", "patient", "dropped"}
+
+
+class VolumeStore(Store):
+    """A volume store opened for reading, see Store; `read` gives image and mask (X, Y, Z).
+
+    Images are int16 or float32, masks uint8.
+    """
+
+    read = Store.arrays
+
+    what = "store of volumes"
+    hint = "make one with python -m dataset.prepare volumes, or try --dataset phantom3d"
+
+    @staticmethod
+    def check(index: object, where: str) -> None:
+        """Raises ValueError, naming `where` and the case, unless `index` is sound."""
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            found = index.get("format") if isinstance(index, dict) else type(index).__name__
+            raise ValueError(
+                f"{where}: expected a store of volumes ({FORMAT}), found {found!r:.40}; make one"
+                " with python -m dataset.prepare volumes"
+            )
+        num_classes = check_table(index, where, CASE_KEYS)
+        for case in index["cases"]:
+            _check_case(case, f"{where}: case {case['file']}", num_classes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What crops of any case come as: int16 if all images are, float32 otherwise."""
+        return np.dtype(max((case["dtype"] for case in self.cases), default="int16", key=len))
+
+    @property
+    def dropped(self) -> list[str]:
+        """One line for each structure that is no object: too small, or empty once resampled."""
+        return [line for case in self.cases for line in case["dropped"]]
+
+    def voxels(self, case_number: int, label: int) -> int:
+        """How many voxels of a case carry the label."""
+        return sum(self.cases[case_number]["pixels"].get(str(label), ()))
+
+    def shown(self, case_number: int) -> set[int]:
+        """The classes of a case's objects."""
+        return set(self.cases[case_number]["objects"])
 
 
 def write_volume(
@@ -50,22 +78,18 @@ def write_volume(
     boxes ({id: [first voxel, one past the last]}), pixels ({id: count in each plane of its box
     along the first axis}) and objects. Raises ValueError for other arrays.
     """
-    folder, file = Path(folder), check_name(entry.get("file"), f"{folder}: case file")
     if image.dtype.name not in DTYPES or mask.dtype != np.uint8 or image.shape != mask.shape:
         raise ValueError(
-            f"case {file}: int16 or float32 image and uint8 mask of one shape wanted, found"
-            f" {image.dtype} {image.shape} and {mask.dtype} {mask.shape}"
+            f"case {entry.get('file')}: expected an int16 or float32 image and a uint8 mask of one"
+            f" shape, found {image.dtype} {image.shape} and {mask.dtype} {mask.shape}"
         )
-    (folder / "cases").mkdir(parents=True, exist_ok=True)
-    save_array(folder / "cases" / f"{file}.image.npy", image)
-    save_array(folder / "cases" / f"{file}.mask.npy", mask)
     boxes, pixels = measured(mask)
     present = [int(number) for number in boxes]
     blank = {"spacing": [1.5, 1.5, 1.5], "affine": None, "patient": entry.get("id"), "dropped": []}
     return {
         **blank,
         **entry,
-        "shape": list(image.shape),
+        **write_arrays(folder, entry, image, mask),
         "dtype": image.dtype.name,
         "pixels": pixels,
         "boxes": boxes,
@@ -91,51 +115,22 @@ def measured(mask: np.ndarray) -> tuple[Entry, Entry]:
 
 
 def write_volume_index(folder: Path | str, index: Entry) -> Path:
-    """Path of the store's index, written last and at once, cases sorted by file name.
-
-    What is written is checked as on reading.
-    """
-    path, cases = Path(folder) / "index.json", sorted(index["cases"], key=lambda c: c["file"])
-    index = {**index, "format": FORMAT, "orientation": "RAS", "cases": cases}
-    check_volume_index(index, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, index, indent=None)
-    return path
-
-
-def check_volume_index(index: object, where: str) -> None:
-    """Raises ValueError, naming `where` and the case, unless `index` describes a sound store."""
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise ValueError(
-            f"{where}: a store of volumes ({FORMAT}) wanted, found {found!r:.40}; make one with"
-            " python -m dataset.prepare volumes"
-        )
-    classes = check_classes(index.get("classes"), where)
-    if not isinstance(index.get("cases"), list):
-        raise ValueError(f"{where}: no list of cases")
-    files = set()
-    for case in index["cases"]:
-        if not isinstance(case, dict) or CASE_KEYS - case.keys():
-            raise ValueError(f"{where}: a case needs {', '.join(sorted(CASE_KEYS))}")
-        name = check_name(case["file"], f"{where}: case file")
-        _check_case(case, f"{where}: case {name}", len(classes))
-        if name in files:
-            raise ValueError(f"{where}: two cases named {name!r}")
-        files.add(name)
+    """Path of the store's index, see write_checked_index."""
+    index = {**index, "format": FORMAT, "orientation": "RAS"}
+    return write_checked_index(folder, index, VolumeStore)
 
 
 def _check_case(case: Entry, where: str, num_classes: int) -> None:
-    shape, texts = case["shape"], (case["id"], case["patient"])
-    if not all(isinstance(text, str) for text in texts) or case["split"] not in SPLITS:
-        raise ValueError(f"{where}: text id and patient and a split of {'/'.join(SPLITS)} wanted")
+    shape = case["shape"]
+    if not isinstance(case["patient"], str):
+        raise ValueError(f"{where}: expected text as patient, found {case['patient']!r:.80}")
     if not (_is_voxel(shape) and min(shape) > 0 and case["dtype"] in DTYPES):
-        raise ValueError(f"{where}: shape [X, Y, Z] and dtype {' or '.join(DTYPES)} wanted")
+        raise ValueError(f"{where}: expected shape [X, Y, Z] and dtype {' or '.join(DTYPES)}")
     boxes, pixels = case["boxes"], case["pixels"]
     lists = isinstance(case["objects"], list) and isinstance(case["dropped"], list)
     if not (lists and isinstance(boxes, dict) and isinstance(pixels, dict)):
         raise ValueError(
-            f"{where}: tables of boxes and pixels, lists of objects and dropped wanted"
+            f"{where}: expected tables of boxes and pixels, lists of objects and dropped"
         )
     for number in case["objects"]:
         if not (type(number) is int and 0 < number < num_classes):
@@ -160,76 +155,6 @@ def _is_box(box: object, shape: list[int]) -> bool:
     if not (isinstance(box, list) and len(box) == 2 and all(map(_is_voxel, box))):
         return False
     return all(0 <= low < high <= size for low, high, size in zip(*box, shape, strict=True))
-
-
-class VolumeStore:
-    """A volume store opened for reading; volumes stay on disk until their voxels are asked for.
-
-    Raises FileNotFoundError where there is no index, ValueError where it is not sound. It pickles
-    without its open maps, so worker processes open their own.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        path = self.folder / "index.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no store of volumes in {self.folder} (index.json is missing); make one with"
-                " python -m dataset.prepare volumes, or try --dataset phantom3d"
-            )
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError(f"{path}: larger than {MAX_INDEX_BYTES >> 20} MiB, not an index")
-        text = path.read_bytes()
-        try:
-            self.index: Entry = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not readable as JSON ({error}); prepare it again") from None
-        check_volume_index(self.index, str(path))
-        self.digest = hashlib.sha256(text).hexdigest()
-        self._maps: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-
-    @property
-    def cases(self) -> list[Entry]:
-        """Entries of the index, in order of file name; a case number is a place in this list."""
-        return self.index["cases"]
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names by label id; the first is the background."""
-        return [row["name"] for row in self.index["classes"]]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """What crops of any case come as: int16 if all images are, float32 otherwise."""
-        return np.dtype(max((case["dtype"] for case in self.cases), default="int16", key=len))
-
-    @property
-    def dropped(self) -> list[str]:
-        """One line for each structure that is no object: too small, or empty once resampled."""
-        return [line for case in self.cases for line in case["dropped"]]
-
-    def read(self, case_number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image int16 or float32 and mask uint8 (X, Y, Z) of a case, memory-mapped, read-only.
-
-        Raises FileNotFoundError or ValueError, naming the file, for other arrays than the index's.
-        """
-        if case_number in self._maps:
-            self._maps.move_to_end(case_number)
-            return still_whole(self._maps[case_number])
-        case = self.cases[case_number]
-        stem, shape = self.folder / "cases" / case["file"], tuple(case["shape"])
-        image = map_array(Path(f"{stem}.image.npy"), shape, case["dtype"])
-        self._maps[case_number] = image, map_array(Path(f"{stem}.mask.npy"), shape)
-        if len(self._maps) > MAX_OPEN_CASES:
-            self._maps.popitem(last=False)
-        return self._maps[case_number]
-
-    def voxels(self, case_number: int, label: int) -> int:
-        """How many voxels of a case carry the label."""
-        return sum(self.cases[case_number]["pixels"].get(str(label), ()))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}
 
 
 def case_bytes(entry: Entry) -> tuple[int, int]:

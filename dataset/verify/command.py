@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ def stored_as(folder: Path) -> str | None:
         return None
     with path.open("rb") as file:  # the cases, which may be many, come first
         file.seek(max(path.stat().st_size - 2**16, 0))
-        return "volumes" if f'"format": "{FORMAT}"'.encode() in file.read() else "store"
+        volumes = re.search(rb'"format": ?"%b"' % FORMAT.encode(), file.read())
+        return "volumes" if volumes else "store"
 
 
 def _unreadable(job: Any, error: Exception) -> Checked:
@@ -139,7 +141,7 @@ def _check_scans(
     except ValueError as error:
         text = str(error).removeprefix(f"{folder}/")
         return [Finding("wrong", text.partition(":")[0], text.partition(":")[2].strip())], 0
-    num_classes = len(source.classes) if source.classes else 255
+    num_classes = len(source.classes) if source.classes else None
     is_ct = source.window != "percentile"
     jobs = [ScanJob(case, source.root, num_classes, is_ct) for case in source.cases]
     cases = list(run(check_scan, jobs))

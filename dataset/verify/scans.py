@@ -71,7 +71,7 @@ class ScanJob:
 
     case: CaseFiles
     root: Path
-    num_classes: int
+    num_classes: int | None
     is_ct: bool
 
 

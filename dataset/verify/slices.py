@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.store.slices import MAX_INDEX_BYTES, SliceStore
+from dataset.store.folder import MAX_INDEX_BYTES
+from dataset.store.slices import SliceStore
 from dataset.verify.scans import (
     Checked,
     Finding,

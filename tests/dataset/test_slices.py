@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.store.slices import SliceStore, move_into_place, npy_header, write_case, write_index
+from dataset.store.folder import npy_header
+from dataset.store.slices import SliceStore, move_into_place, write_case, write_index
 
 CLASSES = [{"id": i, "name": n, "color": "#000000"} for i, n in enumerate(["background", "a", "b"])]
 
@@ -81,7 +82,7 @@ def test_labels_outside_the_class_table_are_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "s", cases=1)
     path = tmp_path / "s" / "cases" / "train_c0.mask.npy"
     np.save(path, np.full((3, 32, 32), 9, np.uint8))
-    with pytest.raises(ValueError, match="c0_1: label 9 is outside the table of 3"):
+    with pytest.raises(ValueError, match="c0_1: label ids 9 are outside the class table, 0 to 2"):
         SliceStore(tmp_path / "s").read(0, 1)
 
 
@@ -107,7 +108,7 @@ def _set(key: str, value: object, case: bool = True):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format", 2, case=False), "format 1 wanted, found 2"),
+        (_set("format", 2, case=False), "expected slice store format 1, found 2"),
         (_set("classes", CLASSES[:1], case=False), "2 to 256 classes"),
         (_set("classes", [*CLASSES, {"id": 9, "name": "c"}], case=False), "class 3 must be"),
         (_set("classes", CLASSES[:2], case=False), "labels outside the 2 classes"),
@@ -198,7 +199,7 @@ def test_only_a_store_is_ever_replaced(tmp_path: Path) -> None:
 
 
 def test_a_store_pickles_without_its_maps_and_keeps_few_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dataset.store.slices.MAX_OPEN_CASES", 2)
+    monkeypatch.setattr("dataset.store.folder.MAX_OPEN_CASES", 2)
     store = SliceStore(make_store(tmp_path))
     small = len(pickle.dumps(store))
     for number in range(6):

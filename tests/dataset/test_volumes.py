@@ -203,7 +203,7 @@ def test_other_arrays_than_the_index_names_are_refused(tmp_path: Path) -> None:
     )
     write_volume_index(tmp_path, {"classes": TABLE, "cases": [case]})
     np.save(tmp_path / "cases" / "a.image.npy", np.ones((8, 8, 8), np.float32))
-    with pytest.raises(ValueError, match=r"int16 \(8, 8, 8\) wanted, found float32"):
+    with pytest.raises(ValueError, match=r"expected int16 \(8, 8, 8\), found float32"):
         VolumeStore(tmp_path).read(0)
 
 
