@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dataset.scans.grid import Grid
 from scipy import ndimage
 from torch import Tensor
 
-from dataset.scans.grid import Grid
 from dataset.scans.header import ScanHeader
 from dataset.scans.volumes import ScanVolume
 from usam.evaluation.clicks import (
