@@ -6,7 +6,6 @@ dataset.json.
 
 from __future__ import annotations
 
-import colorsys
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from dataset import care as rectum
 from dataset import word
+from dataset.palette import class_colors
 from dataset.scans.read import SCAN_SUFFIXES, scan_stem
 from dataset.scans.window import Window
 
@@ -23,10 +23,6 @@ LAYOUTS = ("word", "care", "nnunet", "folder")
 SPLIT_FOLDERS = {"Tr": "train", "Val": "val", "Va": "val", "Ts": "test"}
 MAX_JSON_BYTES = 64 << 20
 ABDOMEN = (-160.0, 240.0)
-PALETTE = (
-    *("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#f0e442", "#a65628", "#f781bf"),
-    *("#66c2a5", "#8da0cb", "#a6d854", "#e78ac3", "#1b9e77", "#d95f02", "#7570b3", "#66a61e"),
-)
 
 
 @dataclass(frozen=True)
@@ -59,17 +55,11 @@ class Source:
 
 def class_table(names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows {id, name, color} for the classes 1, 2, ..., the background before them."""
-    rows = [{"id": 0, "name": "background", "color": "#000000"}]
-    for number, name in enumerate(names, start=1):
-        rows.append({"id": number, "name": name, "color": _colour(number)})
-    return rows
-
-
-def _colour(number: int) -> str:
-    if number <= len(PALETTE):
-        return PALETTE[number - 1]
-    hue = number * 0.618034 % 1  # golden steps: neighbours in the table look different
-    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(hue, 0.7, 0.9))
+    colors = class_colors(None, len(names) + 1)
+    return [
+        {"id": number, "name": name, "color": color}
+        for number, (name, color) in enumerate(zip(["background", *names], colors, strict=True))
+    ]
 
 
 def guess_layout(root: Path) -> str:

@@ -34,13 +34,16 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return made
 
 
-def test_labels_tint_the_image_and_background_stays_gray() -> None:
-    image = np.array([[0, 102, 255]], np.uint8)
-    picture = blend(image, np.array([[0, 1, 2]]), COLORS)
+def test_labels_tint_the_image_within_an_outline_and_background_stays_gray() -> None:
+    image = np.array([[0, 102, 255]], np.uint8).repeat(3, axis=1).repeat(3, axis=0)
+    mask = np.array([[0, 1, 2]]).repeat(3, axis=1).repeat(3, axis=0)  # three columns each
+    picture = blend(image, mask, COLORS)
     left = 1 - OPACITY
-    wanted = [[0, 0, 0], [0.4 * left, 0.4 * left + OPACITY, 0.4 * left], [1, left, left]]
-    np.testing.assert_allclose(picture[0], wanted, atol=1e-6)
-    same = blend(image.astype(np.float32) / 255, np.array([[0, 1, 2]]), COLORS)
+    tinted = [[0.4 * left, 0.4 * left + OPACITY, 0.4 * left], [1, left, left]]
+    green, red = [0, 1, 0], [1, 0, 0]
+    wanted = [*3 * [[0, 0, 0]], green, tinted[0], green, red, *2 * [tinted[1]]]
+    np.testing.assert_allclose(picture[1], wanted, atol=1e-6)
+    same = blend(image.astype(np.float32) / 255, mask, COLORS)
     np.testing.assert_allclose(same, picture, atol=1e-6)
 
 

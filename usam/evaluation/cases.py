@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset.palette import class_colors
 from usam.evaluation.case_metrics import Part, Row, mean_row, score_case
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.pixels import count_pixels
-from usam.prediction.overlay import class_colors
 from usam.prediction.slices import to_native
 from usam.runtime.figures import save_overlay
 from usam.runtime.loaders import Batch, loader_for

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from dataset import SliceDataset, build_dataset
+from dataset.palette import class_colors
 from usam.evaluation import report
 from usam.evaluation.cases import evaluate_cases
 from usam.evaluation.metrics import distinct
@@ -19,7 +20,6 @@ from usam.evaluation.pixels import PROMPT_SOURCES, predictions
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
 from usam.evaluation.report_tables import CaseReport
 from usam.evaluation.tables import text_table
-from usam.prediction.overlay import class_colors
 from usam.runtime.figures import save_overlay
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -35,19 +33,6 @@ class Panel:
     aspect: float = 1.0
     points: tuple[tuple[float, float, int], ...] = ()
     boxes: tuple[tuple[float, ...], ...] = ()
-
-
-def class_colors(colors: Sequence[str | None] | None, num_classes: int) -> list[str]:
-    """A colour per class, #rrggbb: those recorded, matplotlib's tab20 for the others.
-
-    Its ten strong colours come first, then their pale versions, so that few classes look unlike.
-    """
-    tab20 = matplotlib.colormaps["tab20"].colors
-    palette = (*tab20[0::2], *tab20[1::2])
-    recorded = list(colors or [])[:num_classes]
-    recorded += [None] * (num_classes - len(recorded))
-    defaults = ["#000000"] + [to_hex(palette[i % len(palette)]) for i in range(num_classes)]
-    return [color or default for color, default in zip(recorded, defaults, strict=False)]
 
 
 def spread_slices(foreground: np.ndarray, wanted: Sequence[int] = ()) -> list[int]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from dataset.palette import class_colors
 from dataset.scans.volumes import ScanVolume
 from dataset.scans.window import apply_window, window_limits
-from usam.prediction.overlay import Panel, class_colors, save_montage, spread_slices
+from usam.prediction.overlay import Panel, save_montage, spread_slices
 from usam.prediction.volume_prompts import MarkedObject
 
 MOST_OBJECTS = 3  # that get a coronal and a sagittal plane

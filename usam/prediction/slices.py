@@ -21,10 +21,11 @@ from scipy import ndimage
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset.palette import class_colors
 from dataset.scans.slices import ScanSlices
 from dataset.scans.window import parse_window
 from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
-from usam.prediction.overlay import Panel, class_colors, save_montage, spread_slices
+from usam.prediction.overlay import Panel, save_montage, spread_slices
 from usam.prediction.prompts import ScanPrompts, read_prompts, slice_prompts_of
 from usam.prediction.results import ResultFiles, count_voxels, measured, measured_text
 from usam.prediction.scans import predict_each, scans_to_predict

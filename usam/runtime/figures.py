@@ -23,7 +23,7 @@ OPACITY = 0.45
 
 
 def blend(image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> np.ndarray:
-    """The image with every class but the first tinted in its colour.
+    """The image with every class but the first tinted in its colour and outlined.
 
     image (H, W) uint8 or float in [0, 1]; mask (H, W) integer; colors: one a class, matplotlib
     names or #rrggbb. Returns (H, W, 3) float in [0, 1].
@@ -32,7 +32,17 @@ def blend(image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> np.ndar
     picture = np.repeat(gray[..., None], 3, axis=-1)
     palette = np.array([to_rgb(color) for color in colors], np.float32)
     tinted = (1 - OPACITY) * picture + OPACITY * palette[mask]
-    return np.where((mask > 0)[..., None], tinted, picture)
+    picture = np.where((mask > 0)[..., None], tinted, picture)
+    edge = _borders(mask)
+    picture[edge] = palette[mask[edge]]
+    return picture
+
+
+def _borders(mask: np.ndarray) -> np.ndarray:
+    """Where a class has a pixel next to another class's or the background's; bool (H, W)."""
+    around = np.pad(mask, 1, mode="edge")
+    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    return (mask > 0) & np.any([other != mask for other in neighbours], axis=0)
 
 
 def save_overlay(
@@ -64,13 +74,13 @@ def save_overlay(
     _draw_prompts(axes[0], points, box)
     for axis, (name, mask) in zip(axes[1:], masks.items(), strict=True):
         axis.imshow(blend(image, mask, colors))
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name, fontsize=10, parse_math=False)
     for axis in axes:
         axis.set_axis_off()
     handles = [
         Patch(color=color, label=name)
-        for name, color in zip(classes[1:], colors[1:], strict=True)
-        if len(classes) <= 4 or any((mask == classes.index(name)).any() for mask in masks.values())
+        for label, (name, color) in enumerate(zip(classes, colors, strict=True))
+        if label and (len(classes) <= 4 or any((mask == label).any() for mask in masks.values()))
     ]
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False
@@ -112,7 +122,7 @@ def draw_box_plots(
     for axis, (title, by_class) in zip(axes, values.items(), strict=False):
         for place, name in enumerate(names):
             _draw_box(axis, place, np.array(by_class[name]), colors[name])
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, parse_math=False)
         axis.set_yticks(range(len(names)), names, parse_math=False)
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.tick_params(labelsize=8)
@@ -147,7 +157,7 @@ def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     if scored:
         names = [name for name in scored[0]["val"]["dice"] if name != "background"]
         tab20 = matplotlib.colormaps["tab20"].colors
-        axes[1].set_prop_cycle(color=(*tab20[0::2], *tab20[1::2]))  # strong, then their pale twins
+        axes[1].set_prop_cycle(color=(*tab20[0::2], *tab20[1::2]))
         for name in names:
             _draw_curve(axes[1], scored, [line["val"]["dice"][name] for line in scored], label=name)
         means = [line["val"]["mean_dice"] for line in scored]
