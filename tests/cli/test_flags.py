@@ -127,6 +127,13 @@ def test_defaults_are_the_published_ones() -> None:
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_a_removed_flag_of_the_other_model_is_none_and_no_obstacle() -> None:
+    saved = {"args": {"model": "sam-med3d", "focal_gamma": None, "patience": 0}, "data": {}}
+    args = parse_flags(["--resume", "last.pth"])
+    fill_defaults(args, saved)
+    assert args.model == "sam-med3d"
+
+
 def test_a_checkpoint_trained_with_a_removed_flag_is_refused_by_name(capsys) -> None:
     saved = {"args": {"model": "u-sam", "focal_gamma": 0.0, "patience": 0, "lr": 0.5}, "data": {}}
     args = parse_flags(["--resume", "last.pth"])

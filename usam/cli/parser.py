@@ -160,7 +160,7 @@ def check_removed(args: Namespace, trained: dict[str, Any]) -> None:
     With --override the flag is switched off, and that is printed.
     """
     for name, off in REMOVED.items():
-        if trained.get(name, off) != off:
+        if trained.get(name) not in (None, off):  # None: not a flag of this model
             text = f"{args.resume} was trained with --{name} {trained[name]}, which was removed"
             if not args.override:
                 raise ValueError(f"{text}; --override continues without it")
