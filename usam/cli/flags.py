@@ -133,8 +133,8 @@ FLAGS = (
          "2d: one slice; 2.5d: the slice between its two neighbours, as three channels",
          choices=INPUTS, default="2d", model=USAM, resume="model"),
     Flag("prompt_mode", "model",
-         "prompts: 0 = none, 1 = boxes, 2 = points (3 per class), 3 = boxes and points; mixed: trained on "
-         "all four in turn, evaluated without prompts",
+         "prompts: 0 = none, 1 = boxes, 2 = points (3 per class), 3 = boxes and points; mixed: "
+         "trained on all four in turn, evaluated without prompts",
          prompt_mode, choices=(*PROMPT_MODES, MIXED), default=0, model=USAM, resume="model"),
     Flag("prompt_jitter", "model",
          "shift of training prompts at random, in pixels (N) or percent of the image's side (N%)",
