@@ -24,7 +24,7 @@ from benchmarks.harness import Row, Work
 from benchmarks.plain_data import PlainSlices
 from benchmarks.train_step import CLASSES, ReadyBatches, precision_of
 from benchmarks.train_step import Case as Batches
-from dataset.slices import SliceDataset, split_slices
+from dataset.slices import SliceDataset
 from dataset.store.slices import SliceStore
 from usam.evaluation.pixels import count_pixels
 from usam.models.usam import USam, build_usam
@@ -88,7 +88,7 @@ def from_disk(
     """Both evaluations with their loaders: the packed store, and one npz a slice."""
     write_slices(folder, case.images, side=2 * case.size)
     store = SliceStore(folder / "store")
-    data = SliceDataset(store, split_slices(store, "test"), img_size=case.size)
+    data = SliceDataset(store, store.slices("test"), img_size=case.size)
     workers = options.num_workers
     how = {"num_workers": workers, "persistent_workers": workers > 0}
     ours = DataLoader(data, case.ours_batch, pin_memory=torch.cuda.is_available(), **how)

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset import care as rectum
 from dataset import word
 from dataset.phantom import pelvis as phantom
-from dataset.slices import SliceDataset, split_slices, thin_out_empty
-from dataset.splits import fold_digest, read_fold
+from dataset.slices import SliceDataset, thin_out_empty
+from dataset.splits import case_numbers, fold_digest, held_out_ids, read_fold
 from dataset.store.slices import SliceStore
 from dataset.store.volumes import VolumeStore
 from dataset.volumes import VOLUMES, VolumeDataset, build_volumes, open_volumes
@@ -82,15 +82,19 @@ def build_dataset(
     store: SliceStore | None = None,
     input_mode: str = "2d",
     fold: int | None = None,
+    held_out: Collection[str] | None = None,
+    stratified: bool = True,
     **extra: Any,
 ) -> SliceDataset:
     """The slices of a split ("train", "val", "test") as a Dataset; see SliceDataset for items.
 
     empty: share of the training slices that may be without foreground, from 0 (none) to 1 (all);
     None leaves it to the data set. `store` spares opening it again. input_mode: "2d" or "2.5d".
-    fold: see split_slices. Validation may be empty (too few cases); training and test may not:
+    fold: see splits.case_numbers. held_out: ids of the training cases that validate, as a
+    checkpoint lists them; None draws them by seed, by the rule of earlier checkpoints if not
+    `stratified`. Validation may be empty (too few cases); training and test may not:
     FileNotFoundError. ValueError where the source has no folds. Errors of open_store and
-    split_slices pass through.
+    case_numbers pass through.
     """
     layout = DATASETS[name].layout if name in DATASETS else None
     if fold is not None and layout:
@@ -100,7 +104,11 @@ def build_dataset(
             f"--input {root} --output X --folds 5, then --dataset store --data_root X --fold {fold}"
         )
     store = store or open_store(name, data_root, **extra)
-    chosen = split_slices(store, split, seed=seed, val_fraction=val_fraction, fold=fold)
+    if held_out is None:
+        how = {"seed": seed, "val_fraction": val_fraction, "stratified": stratified}
+        held_out = held_out_ids(store, **how)
+    numbers = case_numbers(store, split, val_fraction=val_fraction, fold=fold, held=held_out)
+    chosen = [place for number in numbers for place in store.listed(number)]
     if split == "train":
         share = empty if empty is not None else float(not DATASETS[name].foreground_only)
         chosen = thin_out_empty(store, chosen, share, seed)
@@ -113,4 +121,5 @@ def build_dataset(
         store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop,
         input_mode=input_mode,
         fold_digest=None if fold is None else fold_digest(read_fold(store.folder, fold)),
+        held_out=None if fold is not None else sorted(held_out),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.splits import read_fold
+from dataset.store.folder import Store
 from dataset.store.slices import SliceStore
 
 TILES = (8, 8)
@@ -65,57 +65,65 @@ def thin_out_empty(store: SliceStore, slices: Slices, share: float, seed: int) -
     return [place for place in slices if place in kept]
 
 
-def split_slices(
-    store: SliceStore,
-    split: str,
-    *,
-    seed: int = 202307,
-    val_fraction: float = 0.1,
-    fold: int | None = None,
-) -> Slices:
-    """(case number, slice) of a split; training and validation never share a case.
-
-    With a fold, from 0, training and validation are the training cases as the store's splits.json
-    divides them; the rest of what is said here is then without effect.
-
-    A store with validation cases of its own keeps them. Otherwise `val_fraction` of the training
-    cases are drawn by `seed`: 0 makes validation the test split, and with fewer than four cases, or
-    a fraction that rounds to none, validation is empty. Raises ValueError for another split name.
-    """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"split {split!r} is not one of train, val, test")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction {val_fraction} must be at least 0 and below 1")
-    if split != "test" and fold is not None:
-        ids = set(read_fold(store.folder, fold)[split])
-        chosen = [s for s in store.slices("train") if store.cases[s[0]]["id"] in ids]
-        if missing := ids - {store.cases[number]["id"] for number, _ in chosen}:
-            raise ValueError(
-                f"--fold {fold}: case {min(missing)} of splits.json is not among the training "
-                f"cases of {store.folder}; prepare it again"
-            )
-        return chosen
-    if split == "test" or (split == "val" and val_fraction == 0):
-        return store.slices("test")
-    if any(case["split"] == "val" for case in store.cases):
-        return store.slices(split)
-    training = store.slices("train")
-    held_out = held_out_cases({store.cases[n]["id"] for n, _ in training}, seed, val_fraction)
-    return [s for s in training if (store.cases[s[0]]["id"] in held_out) == (split == "val")]
-
-
 def spread(number: int, total: int) -> list[int]:
     """Up to `number` of the places 0 .. total - 1, evenly apart."""
     number = min(number, total)
     return [total * i // number for i in range(number)]
 
 
-def held_out_cases(case_ids: set[str], seed: int, fraction: float) -> set[str]:
-    """Cases to validate on, drawn by seed; none of fewer than four, at least two stay behind."""
-    number = round(len(case_ids) * fraction)
-    if number < 1 or len(case_ids) < 4 or len(case_ids) - number < 2:
-        return set()
-    return set(np.random.default_rng(seed).permutation(sorted(case_ids))[:number].tolist())
+class StoreDataset(Dataset):
+    """What a Dataset of slices or volumes knows of its store.
+
+    places: (case number, slice or class id) of each item. held_out: the training cases that
+    validate, where they were drawn, see splits.held_out_ids.
+    """
+
+    def __init__(
+        self, store: Store, places: list[tuple[int, int]], seed: int, held_out: list[str] | None
+    ) -> None:
+        self.store = store
+        self.places = places
+        self.seed = seed
+        self.held_out = held_out
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names by label id; the first is the background."""
+        return self.store.classes
+
+    @property
+    def case_numbers(self) -> set[int]:
+        """The places in the store of the cases these items come from."""
+        return {number for number, _ in self.places}
+
+    @property
+    def case_ids(self) -> list[str]:
+        """The cases these items come from, each once, sorted."""
+        return sorted({self.store.cases[number]["id"] for number in self.case_numbers})
+
+    @property
+    def case_digests(self) -> dict[str, str]:
+        """Digest of the stored images of each of these cases, by case id."""
+        return self.store.case_digests(self.case_numbers)
+
+    @property
+    def classes_not_shown(self) -> list[str]:
+        """The foreground classes of which these cases show nothing."""
+        shown = set().union(*(self.store.shown(number) for number in self.case_numbers))
+        return [name for label, name in enumerate(self.classes) if label and label not in shown]
+
+    def describe(self, **facts: Any) -> dict[str, Any]:
+        """The facts, after those that checkpoints of both systems keep of their data."""
+        return {
+            "dataset": self.store.index.get("dataset"),
+            "classes": self.classes,
+            "colors": [row.get("color") for row in self.store.index["classes"]],
+            **facts,
+            "digest": self.store.digest,
+        }
 
 
 def neighbours(k: int, num_slices: int) -> list[int]:
@@ -126,7 +134,7 @@ def neighbours(k: int, num_slices: int) -> list[int]:
     return [max(k - 1, 0), k, min(k + 1, num_slices - 1)]
 
 
-class SliceDataset(Dataset):
+class SliceDataset(StoreDataset):
     """Items `{"image": uint8 (C, H, W), "mask": uint8 (H, W), "id": str}` of a store's slices.
 
     `dataset[index]` is the same every time (CLAHE at clip limit 2.0); `dataset[index, epoch]` is
@@ -147,70 +155,57 @@ class SliceDataset(Dataset):
         crop: float = 0.0,
         input_mode: str = "2d",
         fold_digest: str | None = None,
+        held_out: list[str] | None = None,
     ) -> None:
-        self.store = store
+        super().__init__(store, slices, seed, held_out)
         self.fold_digest = fold_digest
-        self.slices = slices
         self.img_size = img_size
-        self.seed = seed
         self.crop = crop
         self.input_mode = input_mode
         self.clahe = bool(store.index.get("clahe", False))
 
     @property
-    def classes(self) -> list[str]:
-        """Class names by label id; the first is the background."""
-        return self.store.classes
-
-    @property
-    def case_ids(self) -> list[str]:
-        """The cases these slices come from, each once, sorted."""
-        return sorted({self.store.cases[number]["id"] for number, _ in self.slices})
+    def slices(self) -> Slices:
+        """(case number, slice) of each item."""
+        return self.places
 
     @property
     def info(self) -> dict[str, Any]:
         """What a checkpoint must keep, so that prediction prepares a scan as training did."""
         index = self.store.index
-        return {
-            "dataset": index.get("dataset"),
-            "classes": self.classes,
-            "colors": [row.get("color") for row in index["classes"]],
-            "img_size": self.img_size,
-            "input": self.input_mode,
-            "window": index.get("window"),
-            "orientation": index.get("orientation"),
-            "spacing": index.get("spacing"),
-            "clahe": self.clahe,
-            "crop": self.crop,
-            "body_crop": bool(index.get("body_crop", False)),
-            "digest": self.store.digest,
-            "fold_digest": self.fold_digest,
-        }
+        return self.describe(
+            img_size=self.img_size,
+            input=self.input_mode,
+            window=index.get("window", "percentile"),
+            orientation=index.get("orientation", "LPS"),
+            spacing=index.get("spacing"),
+            clahe=self.clahe,
+            crop=self.crop,
+            body_crop=bool(index.get("body_crop", False)),
+            fold_digest=self.fold_digest,
+        )
 
     @property
     def class_pixels(self) -> list[int]:
         """Pixels of each class in these slices, as stored."""
-        return np.sum([self.store.cases[n]["pixels"][k] for n, k in self.slices], axis=0).tolist()
+        return np.sum([self.store.cases[n]["pixels"][k] for n, k in self.places], axis=0).tolist()
 
     @property
     def by_class(self) -> list[np.ndarray]:
         """Indices of the slices that hold each foreground class, a sorted array a class."""
-        pixels = np.array([self.store.cases[n]["pixels"][k] for n, k in self.slices])
+        pixels = np.array([self.store.cases[n]["pixels"][k] for n, k in self.places])
         return [np.flatnonzero(column) for column in pixels.T[1:]]
 
     def showcase(self, number: int) -> list[int]:
         """Up to `number` indices for pictures: the slices with most classes, spread evenly."""
-        pixels = [self.store.cases[case]["pixels"][k] for case, k in self.slices]
+        pixels = [self.store.cases[case]["pixels"][k] for case, k in self.places]
         shown = [sum(count > 0 for count in counts[1:]) for counts in pixels]
         richest = [index for index, classes in enumerate(shown) if classes == max(shown)]
         return [richest[place] for place in spread(number, len(richest))]
 
-    def __len__(self) -> int:
-        return len(self.slices)
-
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, None)
-        number, k = self.slices[index]
+        number, k = self.places[index]
         clip_limit = CLIP_LIMIT
         if epoch is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
@@ -240,7 +235,7 @@ class SliceDataset(Dataset):
 
     def seen_box(self, index: int) -> tuple[int, int, int, int]:
         """The part (y0, y1, x0, x1), ends excluded, of stored slice `index` that its item shows."""
-        height, width = self.store.cases[self.slices[index][0]]["shape"][1:]
+        height, width = self.store.cases[self.places[index][0]]["shape"][1:]
         top, left = round(height * self.crop), round(width * self.crop)
         return top, height - top, left, width - left
 

@@ -5,19 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from dataset.crops import box_origin, crop_at
 from dataset.phantom import belly as phantom3d
 from dataset.prepare import volumes as volume_packing
 from dataset.prepare.volume_sources import LAYOUT
-from dataset.slices import held_out_cases, spread
+from dataset.slices import StoreDataset, spread
+from dataset.splits import case_numbers, held_out_ids
 from dataset.store.volumes import VolumeStore
 
 Objects = list[tuple[int, int]]  # (case number, class id)
@@ -64,22 +64,30 @@ def build_volumes(
     only: Sequence[str] | None = None,
     flips: bool = True,
     store: VolumeStore | None = None,
+    held_out: Collection[str] | None = None,
+    stratified: bool = True,
     **extra: Any,
 ) -> VolumeDataset:
     """The objects of a split ("train", "val", "test") as a Dataset; see VolumeDataset for items.
 
-    only: class names to keep. Validation may be empty (too few patients); training and test may
+    only: class names to keep. held_out, stratified: see build_dataset, with the ids of patients.
+    Validation may be empty (too few patients); training and test may
     not: FileNotFoundError. Raises ValueError for an unknown class name or split.
     """
     store = store or open_volumes(name, data_root, **extra)
-    cases = split_cases(store, split, seed=seed, val_fraction=val_fraction)
+    if held_out is None:
+        how = {"seed": seed, "val_fraction": val_fraction, "stratified": stratified}
+        held_out = held_out_ids(store, **how)
+    cases = case_numbers(store, split, val_fraction=val_fraction, held=held_out)
     wanted = class_ids(store, only)
     objects = [(n, c) for n in cases for c in store.cases[n]["objects"] if c in wanted]
     if not objects and (split != "val" or val_fraction == 0):
         sought = "test" if split == "val" else split
         hint = "; prepare it with --test_fraction 0.2" if sought == "test" else ""
         raise FileNotFoundError(f"dataset {name}: no {sought} objects in {store.folder}{hint}")
-    return VolumeDataset(store, objects, side=side, seed=seed, flips=flips)
+    return VolumeDataset(
+        store, objects, side=side, seed=seed, flips=flips, held_out=sorted(held_out)
+    )
 
 
 def class_ids(store: VolumeStore, names: Sequence[str] | None) -> list[int]:
@@ -95,30 +103,7 @@ def class_ids(store: VolumeStore, names: Sequence[str] | None) -> list[int]:
     return sorted(store.classes.index(name) for name in names)
 
 
-def split_cases(
-    store: VolumeStore, split: str, *, seed: int = 202307, val_fraction: float = 0.1
-) -> list[int]:
-    """Case numbers of a split; no patient is on both sides.
-
-    As for slices: a store's own validation cases stay; otherwise a share of the training patients
-    is drawn by seed; 0 makes validation the test split. Raises ValueError for another split name.
-    """
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"split {split!r} is not one of train, val, test")
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction {val_fraction} must be at least 0 and below 1")
-    places = [case["split"] for case in store.cases]
-    if split == "test" or (split == "val" and val_fraction == 0):
-        return [n for n, place in enumerate(places) if place == "test"]
-    if "val" in places:
-        return [n for n, place in enumerate(places) if place == split]
-    training = [n for n, place in enumerate(places) if place == "train"]
-    patients = {n: store.cases[n]["patient"] for n in training}
-    held_out = held_out_cases(set(patients.values()), seed, val_fraction)
-    return [n for n in training if (patients[n] in held_out) == (split == "val")]
-
-
-class VolumeDataset(Dataset):
+class VolumeDataset(StoreDataset):
     """Items {"image": (1, S, S, S), "mask": uint8 (S, S, S), "id": str} of a store's objects.
 
     image is int16 or float32 as the store's dtype, in the scan's own units (see crops.normalise);
@@ -139,11 +124,10 @@ class VolumeDataset(Dataset):
         side: int = 128,
         seed: int = 202307,
         flips: bool = True,
+        held_out: list[str] | None = None,
     ) -> None:
-        self.store = store
-        self.objects = objects
+        super().__init__(store, objects, seed, held_out)
         self.side = side
-        self.seed = seed
         self.flips = flips
         self._dtype = store.dtype
         self._of_case: dict[int, list[int]] = {}
@@ -151,14 +135,9 @@ class VolumeDataset(Dataset):
             self._of_case.setdefault(number, []).append(class_id)
 
     @property
-    def classes(self) -> list[str]:
-        """Class names by label id; the first is the background."""
-        return self.store.classes
-
-    @property
-    def case_ids(self) -> list[str]:
-        """The cases these objects come from, each once, sorted."""
-        return sorted({self.store.cases[number]["id"] for number, _ in self.objects})
+    def objects(self) -> Objects:
+        """(case number, class id) of each item."""
+        return self.places
 
     @property
     def skipped(self) -> list[str]:
@@ -168,25 +147,17 @@ class VolumeDataset(Dataset):
     @property
     def info(self) -> dict[str, Any]:
         """What a checkpoint must keep, so that prediction prepares a scan as training did."""
-        index = self.store.index
-        return {
-            "dataset": index.get("dataset"),
-            "classes": self.classes,
-            "colors": [row.get("color") for row in index["classes"]],
-            "img_size": self.side,
-            "window": None,
-            "orientation": "RAS",
-            "spacing": 1.5,
-            "normalise": "crop, voxels > 0",
-            "digest": self.store.digest,
-        }
+        return self.describe(
+            img_size=self.side,
+            window=None,
+            orientation="RAS",
+            spacing=1.5,
+            normalise="crop, voxels > 0",
+        )
 
     def showcase(self, number: int) -> list[int]:
         """Up to `number` indices for pictures, spread evenly."""
         return spread(number, len(self.objects))
-
-    def __len__(self) -> int:
-        return len(self.objects)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, None)

@@ -23,7 +23,7 @@ from dataset.prepare.folder import check_output, pack_all, sweep
 from dataset.prepare.sources import class_table
 from dataset.scans.orientation import SliceStack, to_canonical
 from dataset.scans.read import SCAN_SUFFIXES, read_label, scan_stem
-from dataset.splits import hold_out, split_table
+from dataset.splits import held_out, split_table
 from dataset.store.folder import Entry
 from dataset.store.slices import write_case, write_index
 
@@ -72,9 +72,9 @@ def build(
     check_output(output)
     sweep(output)
     names = list(names or word.ORGANS)
-    held_out = hold_out([scan_stem(file) for file in files], test_fraction, seed)
+    testing = held_out([scan_stem(file) for file in files], test_fraction, seed)
     jobs = [
-        Job(file, "test" if scan_stem(file) in held_out else "train", output, names, seed)
+        Job(file, "test" if scan_stem(file) in testing else "train", output, names, seed)
         for file in files
     ]
     cases = pack_all(draw_case, jobs, workers or default_workers())

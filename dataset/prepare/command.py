@@ -24,7 +24,7 @@ from dataset.prepare.summary import left_out_lines, summary_lines, volume_summar
 from dataset.prepare.volume_sources import find_volumes
 from dataset.prepare.volumes import prepare_volumes
 from dataset.scans.window import WINDOWS, Window, parse_window
-from dataset.splits import hold_out, read_fold, split_table
+from dataset.splits import held_out, read_fold, split_table
 from dataset.store import slices
 from dataset.store.folder import Entry
 from dataset.store.slices import SliceStore
@@ -319,8 +319,8 @@ def _with_test_cases(source: Source, fraction: float, seed: int) -> Source:
     if any(case.split == "test" for case in source.cases):
         raise ValueError(f"{source.name}: has test cases of its own; leave out --test_fraction")
     training = [case.id for case in source.cases if case.split == "train"]
-    held_out = hold_out(training, fraction, seed)
-    cases = [replace(case, split="test") if case.id in held_out else case for case in source.cases]
+    testing = held_out(training, fraction, seed)
+    cases = [replace(case, split="test") if case.id in testing else case for case in source.cases]
     return replace(source, cases=cases)
 
 

@@ -25,7 +25,7 @@ from dataset.scans.header import Scan
 from dataset.scans.orientation import geometry_difference
 from dataset.scans.read import read_label
 from dataset.scans.volumes import Grid, ScanVolume, read_volume, resample_label
-from dataset.splits import hold_out
+from dataset.splits import held_out
 from dataset.store.folder import Entry, packed_place, packed_places
 from dataset.store.volumes import VolumeStore, case_bytes, write_volume, write_volume_index
 
@@ -205,9 +205,9 @@ def _with_test_patients(source: Source, fraction: float, seed: int) -> Source:
     if any(case.split == "test" for case in source.cases):
         raise ValueError(f"{source.name}: has test cases of its own; leave out --test_fraction")
     training = {patient_of(case.id) for case in source.cases if case.split == "train"}
-    held_out = hold_out(sorted(training), fraction, seed)
+    testing = held_out(training, fraction, seed)
     cases = [
-        replace(case, split="test") if patient_of(case.id) in held_out else case
+        replace(case, split="test") if patient_of(case.id) in testing else case
         for case in source.cases
     ]
     return replace(source, cases=cases)

@@ -44,12 +44,16 @@ class SliceStore(Store):
     def slices(self, split: str) -> list[tuple[int, int]]:
         """(case number, slice) of every slice of a split that the release's CSV names, in order."""
         return [
-            (number, k)
+            place
             for number, case in enumerate(self.cases)
             if case["split"] == split
-            for k in range(case["shape"][0])
-            if case["listed"] is None or case["listed"][k]
+            for place in self.listed(number)
         ]
+
+    def listed(self, case_number: int) -> list[tuple[int, int]]:
+        """(case number, slice) of the slices of a case that the release's CSV names, in order."""
+        shape, listed = (self.cases[case_number][key] for key in ("shape", "listed"))
+        return [(case_number, k) for k in range(shape[0]) if listed is None or listed[k]]
 
     def read(self, case_number: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and mask of one slice, uint8 (H, W) each, memory-mapped and read-only.

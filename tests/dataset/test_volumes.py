@@ -15,7 +15,6 @@ from dataset.crops import box_origin, crop_at
 from dataset.scans.volumes import read_volume
 from dataset.store.slices import SliceStore
 from dataset.store.volumes import VolumeStore, write_volume, write_volume_index
-from dataset.volumes import split_cases
 from tests.helpers.volume_layouts import blob, layout, prepared, save_as, scan
 
 
@@ -139,7 +138,10 @@ def test_no_patient_is_on_both_sides(tmp_path: Path) -> None:
     layout(tmp_path / "in", number=10)
     store = prepared(tmp_path / "in", tmp_path / "out", "--test_fraction", "0.2")
     sides = [
-        {store.cases[n]["patient"] for n in split_cases(store, split, val_fraction=0.25)}
+        {
+            store.cases[n]["patient"]
+            for n in build_volumes("volumes", split, store=store, val_fraction=0.25).case_numbers
+        }
         for split in ("train", "val", "test")
     ]
     assert [len(side) for side in sides] == [6, 2, 2]

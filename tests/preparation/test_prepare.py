@@ -20,7 +20,7 @@ import pytest
 
 from dataset import build_dataset
 from dataset.prepare.command import main
-from dataset.splits import cross_validation, hold_out
+from dataset.splits import cross_validation, held_out
 from dataset.store.slices import SliceStore
 from tests.helpers import layouts
 
@@ -201,7 +201,7 @@ def test_test_cases_are_held_out_on_request(tmp_path, capsys):
     layouts.nnunet(tmp_path / "in", V1, numbers=range(1, 6))
     store = prepare("nnunet", tmp_path / "in", tmp_path / "out", "--test_fraction", "0.4")
     assert sorted(places(store).values()) == ["test"] * 2 + ["train"] * 3
-    assert hold_out(["a", "b"], 0.5, 1) == set()
+    assert held_out(["a", "b"], 0.5, 1) == set()
     layouts.word(tmp_path / "word", {"Tr": [1, 2], "Ts": [8]})
     said = refused(
         capsys,
