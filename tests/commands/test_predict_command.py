@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dataset.files import SCRATCH
 from dataset.scans.find import find_scans
 from tests.conftest import ROOT
 from tests.helpers.oracle import (
@@ -83,6 +86,55 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
     np.testing.assert_array_equal(image.affine, nib.load(good[0]).affine)
 
 
+def test_results_in_the_folder_of_the_scans_are_skipped(tmp_path, tiny, command, capsys):
+    write(tmp_path / "case_0000.nii.gz", coded(truth()), lps_affine())
+    words = ["--predict", tmp_path, "--output_dir", tmp_path, "--resume", tiny(), *ON_CPU]
+    command(*words, "--probabilities")
+    names = {"case_0000.nii.gz", "case_seg.nii.gz", "case_seg.json", "case_probabilities.nii"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    capsys.readouterr()
+    command(*words, "--probabilities")
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert "skipped 2 results of earlier predictions" in capsys.readouterr().out
+
+
+def test_label_maps_are_named_as_nnunet_names_them(tmp_path, tiny, command):
+    scan = write(tmp_path / "case_0000.nii.gz", coded(truth()), lps_affine())
+    words = ["--predict", scan, "--resume", tiny(), *ON_CPU, "--names", "nnunet"]
+    command(*words, "--output_dir", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"case.nii.gz", "case.json"}
+
+
+def test_a_manual_label_map_is_kept_without_overwrite(tmp_path, tiny, command):
+    scan = write(tmp_path / "case00.nii.gz", coded(truth()), lps_affine())
+    manual = write(tmp_path / "case00_seg.nii.gz", truth(), lps_affine())
+    before = manual.read_bytes()
+    words = ["--predict", scan, "--resume", tiny(), *ON_CPU, "--output_dir", tmp_path]
+    with pytest.raises(ValueError, match="case00_seg.nii.gz was not written by this program"):
+        command(*words)
+    assert manual.read_bytes() == before
+    command(*words, "--overwrite")
+    assert manual.read_bytes() != before
+
+
+def test_a_terminated_prediction_leaves_no_unfinished_file(tmp_path, tiny):
+    scan = np.random.default_rng(0).integers(-200, 300, (32, 32, 20000)).astype(np.int16)
+    nib.save(nib.Nifti1Image(scan, lps_affine()), tmp_path / "long.nii")
+    words = ["--predict", tmp_path / "long.nii", "--resume", tiny(), *ON_CPU, "--probabilities"]
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, ROOT / "u-sam.py", *words, "--output_dir", out],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not list(out.glob(f"{SCRATCH}*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(out.glob(f"{SCRATCH}*"))
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not list(out.iterdir())
+
+
 def odd_scans() -> dict[str, tuple[np.ndarray, np.ndarray, str | None]]:
     """Odd but honest scans, and broken ones with what is said of them."""
     hu, affine = coded(truth()), lps_affine()
@@ -103,12 +155,12 @@ def odd_scans() -> dict[str, tuple[np.ndarray, np.ndarray, str | None]]:
         "4d": (np.stack([hu, hu], axis=3), affine, "holds 2 volumes; choose one with --channel"),
         "2d": (hu[:, :, 0], affine, "a 2D image"),
         "nan": (nan, affine, "1 voxels are NaN or infinite"),
-        "flat_affine": (hu, np.diag([0.0, 1, 1, 1]), "not finite and invertible"),
+        "flat_affine": (hu, np.diag([0.0, 1, 1, 1]), "matrix is singular"),
     }
 
 
 @pytest.mark.parametrize("name", list(odd_scans()))
-def test_an_odd_scan_works_or_is_told_in_one_line(tmp_path, tiny, command, name):
+def test_an_odd_scan_works_or_is_refused_in_one_line(tmp_path, tiny, command, name):
     array, affine, text = odd_scans()[name]
     image = nib.Nifti1Image(array, None)
     image.header.set_sform(affine, code=1)

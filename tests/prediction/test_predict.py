@@ -96,6 +96,7 @@ def test_a_care_slice_is_read_on_its_own_scale(tmp_path):
 
 def test_outside_the_crop_is_background(tmp_path):
     label = np.ones((SIDE, SIDE, DEPTH), dtype=np.uint8)
+    label[0, 0, 0] = 2  # outside; a scan of one value is not shown to the model
     scan = write(tmp_path / "scan.nii", coded(label), lps_affine())
     data = data_of(side=SIDE - 4, crop=2 / SIDE)
     result = np.asarray(predict(scan, tmp_path / "out", Oracle(), data).dataobj)
@@ -125,6 +126,28 @@ def test_a_scan_is_prepared_as_the_dataset_prepares_its_store(tmp_path):
         scan = ScanSlices(raw / "imagesTr" / "word_0001.nii.gz", slices.info)
         for k in range(len(scan)):
             np.testing.assert_array_equal(scan.model_input(k), slices[k]["image"].numpy())
+
+
+def test_a_scan_of_one_value_is_background_and_named(tmp_path):
+    scan = write(tmp_path / "flat.nii", np.full((8, 8, 4), 7, np.int16), lps_affine())
+    for window in (None, "percentile"):
+        data, oracle = data_of(3, side=8), Oracle(3)
+        result = predict(scan, tmp_path / "out", oracle, data, window=window, probabilities=True)
+        assert not np.asarray(result.dataobj).any() and not oracle.shown
+    facts = json.loads((tmp_path / "out" / "out_seg.json").read_text(encoding="utf-8"))
+    assert facts["warnings"] == ["every voxel is 7; nothing to segment"]
+    background = nib.load(tmp_path / "out" / "out_probabilities.nii").get_fdata()[..., 0]
+    np.testing.assert_allclose(background, 1)
+
+
+def test_a_scan_far_from_the_models_window_is_warned_of(tmp_path):
+    hu = np.random.default_rng(0).normal(0, 300, (12, 12, 7))
+    scan = write(tmp_path / "unit.nii", (hu / 3000 + 0.5).astype(np.float32), lps_affine())
+    predict(scan, tmp_path / "out", Oracle(3), data_of(3))
+    facts = json.loads((tmp_path / "out" / "out_seg.json").read_text(encoding="utf-8"))
+    assert len(facts["warnings"]) == 1
+    assert "the window -160 to 240 leaves" in facts["warnings"][0]
+    assert "give --window LOW HIGH in the scan's units" in facts["warnings"][0]
 
 
 def test_the_json_tells_classes_and_millilitres(tmp_path):

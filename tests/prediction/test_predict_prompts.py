@@ -56,10 +56,14 @@ def test_a_box_marks_its_voxels_along_the_axes_of_the_file(tmp_path, codes, axis
     np.moveaxis(expected, axis, 2)[2:9, 3:6, 4] = 1
     result = predict(scan, tmp_path / "o", Marker(), data_of(2), prompts=given, prompt_mode=1)
     np.testing.assert_array_equal(np.asarray(result.dataobj), expected)
+    facts = json.loads((tmp_path / "o" / "out_seg.json").read_text(encoding="utf-8"))
+    assert facts["prompted_slices"] == [4]  # as the file has them, whichever way it is stored
 
 
 def test_slices_without_a_prompt_stay_background(tmp_path):
-    scan = write(tmp_path / "scan.nii", coded(np.full((SIDE, SIDE, DEPTH), 1)), lps_affine())
+    label = np.full((SIDE, SIDE, DEPTH), 1)
+    label[0, 0, 0] = 2  # a scan of one value is not shown to the model
+    scan = write(tmp_path / "scan.nii", coded(label), lps_affine())
     given = scan_prompts([[1, 1, 2], [3, 3, 2, 0], [1, 1, 5]], None, None)
     oracle = Oracle(3)
     result = predict(
@@ -113,7 +117,7 @@ def test_wrong_prompts_are_refused_in_one_line(tmp_path, mode, points, boxes, sl
 
 
 def from_file(file: Path, scan: Path, scans: list[Path] | None = None) -> ScanPrompts:
-    args = Namespace(prompts=file)
+    args = Namespace(prompts=file, lps=False)
     return slice_prompts_of(args, read_prompts(file, scans or [scan]), scan)
 
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dataset.scans.grid import Grid
 from scipy import ndimage
 from torch import Tensor
 
 from dataset.scans.header import ScanHeader
-from dataset.scans.volumes import ScanVolume
+from dataset.scans.volumes import Grid, ScanVolume
 from usam.evaluation.clicks import (
     Item,
     evaluate_objects,
@@ -270,7 +269,7 @@ def test_bad_prompt_files_are_named_in_one_line(tmp_path, content, text) -> None
 
 def from_file(path, name):
     scan = Path(name)
-    return volume_prompts_of(Namespace(prompts=path), read_prompts(path, [scan]), scan)
+    return volume_prompts_of(Namespace(prompts=path, lps=False), read_prompts(path, [scan]), scan)
 
 
 def test_prompt_files_name_objects(tmp_path) -> None:

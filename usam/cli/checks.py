@@ -88,6 +88,8 @@ def check_prompts(parser: ArgumentParser, args: Namespace) -> None:
         parser.error("--point: the label must be 1 (object) or 0 (background)")
     if args.mm and not points and (not boxes or args.model == USAM):
         parser.error("--mm needs --point, or --box with --model sam-med3d")
+    if args.lps and not (args.mm or args.prompts):
+        parser.error("--lps needs --mm, or --prompts with coordinates in mm")
 
 
 def check_counts(parser: ArgumentParser, args: Namespace) -> None:

@@ -16,6 +16,7 @@ REL_POS = ("published", "corrected")
 PROMPT_MODES = {0: "none", 1: "boxes", 2: "points", 3: "points and boxes"}
 MIXED = "mixed"  # --prompt_mode: in training one of the modes, another in each step
 CLICKS = "clicks"  # the prompt mode in checkpoints of sam-med3d
+NAMES = ("seg", "nnunet")  # --names of label maps that --predict writes
 TTA = ("flip", "flip+rot")
 AUTO = Path("auto")  # --resume: the newest checkpoint
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dataset.text import counted
+from usam.prediction.markups import as_slice_prompts, as_volume_prompts, is_markups
 
 MAX_JSON_BYTES = 64 << 20
 MAX_INDEX = 2**31
@@ -71,8 +73,15 @@ def slice_prompts_of(
     Raises ValueError for wrong counts and values.
     """
     if contents is None:
-        return scan_prompts(args.point, args.box, args.slice, mm=args.mm)
-    return _of_file(_scan_prompts, contents, scan, args.prompts)
+        given = scan_prompts(args.point, args.box, args.slice, mm=args.mm)
+        return replace(given, points=_from_lps(given.points)) if args.lps else given
+    with _named_in_errors(args.prompts):
+        content = _content_of(contents, scan)
+        if is_markups(content):
+            return _scan_prompts(as_slice_prompts(content))
+        given = _scan_prompts(content)
+        _check_lps(args, given)
+        return replace(given, points=_from_lps(given.points)) if args.lps else given
 
 
 def volume_prompts_of(
@@ -80,17 +89,49 @@ def volume_prompts_of(
 ) -> VolumePrompts:
     """The prompts of a scan for SAM-Med3D; see `slice_prompts_of`."""
     if contents is None:
-        return volume_prompts(args.point, args.box, mm=args.mm)
-    return _of_file(_volume_prompts, contents, scan, args.prompts)
+        given = volume_prompts(args.point, args.box, mm=args.mm)
+        return _objects_from_lps(given) if args.lps else given
+    with _named_in_errors(args.prompts):
+        content = _content_of(contents, scan)
+        if is_markups(content):
+            name = args.prompts.name.removesuffix(".json").removesuffix(".mrk")
+            return _volume_prompts(as_volume_prompts(content, name or "object"))
+        given = _volume_prompts(content)
+        _check_lps(args, given)
+        return _objects_from_lps(given) if args.lps else given
 
 
-def _of_file(convert: Any, contents: Mapping[Path, Any], scan: Path, source: Path) -> Any:
-    if scan not in contents:
-        raise ValueError(f"{source}: has no prompts for the scan {scan.name!r}")
+@contextmanager
+def _named_in_errors(source: Path) -> Iterator[None]:
     try:
-        return convert(contents[scan])
+        yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _content_of(contents: Mapping[Path, Any], scan: Path) -> Any:
+    if scan not in contents:
+        raise ValueError(f"has no prompts for the scan {scan.name!r}")
+    return contents[scan]
+
+
+def _check_lps(args: Namespace, given: ScanPrompts | VolumePrompts) -> None:
+    if args.lps and not given.mm:
+        raise ValueError('--lps is for millimetres; the prompts need "mm": true')
+
+
+def _from_lps(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Points in LPS mm, as DICOM and ITK have them, in RAS mm."""
+    return tuple((-x, -y, z, label) for x, y, z, label in points)
+
+
+def _objects_from_lps(prompts: VolumePrompts) -> VolumePrompts:
+    objects = []
+    for one in prompts.objects:
+        signs = (-1, -1, 1, -1, -1, 1)
+        box = one.box and tuple(s * v for s, v in zip(signs, one.box, strict=True))
+        objects.append(replace(one, points=_from_lps(one.points), box=box))
+    return replace(prompts, objects=tuple(objects))
 
 
 def scan_prompts(
@@ -140,7 +181,8 @@ def read_prompts(path: Path, scans: Sequence[Path]) -> dict[Path, Any]:
     For one scan the file is {"points": [[x, y, z], [x, y, z, label]], "boxes": [{"slice": k,
     "box": [x1, y1, x2, y2]}], "mm": false}, or for SAM-Med3D {"objects": [{"name": "liver",
     "label": 1, "points": [...], "box": [...]}], "mm": false}; for several, {"scans": {NAME: {...},
-    ...}}, where NAME is the scan's file name, with folders in front if two scans share it.
+    ...}}, where NAME is the scan's file name, with folders in front if two scans share it. A file
+    of markups from 3D Slicer (.mrk.json) is for one scan; see `markups`.
     Raises FileNotFoundError and ValueError, with one line, for anything else, for a NAME that is
     not among `scans` or fits two of them, and for one scan's prompts where `scans` are several.
     """

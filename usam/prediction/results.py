@@ -150,7 +150,12 @@ def measured(voxels: int, voxel_ml: float | None) -> dict[str, Any]:
 
 
 def measured_text(row: Mapping[str, Any]) -> str:
-    """ "liver 1402.5 ml", or its voxels where their volume is unknown."""
+    """A class for the terminal: liver 1402.5 ml, or its voxels where their volume is unknown."""
     if row["volume_ml"] is None:
         return f"{row['name']} {row['voxels']:,} voxels"
     return f"{row['name']} {row['volume_ml']:.1f} ml"
+
+
+def with_warnings(text: str, scan: str, warnings: Iterable[str]) -> str:
+    """A text for the terminal with a further line for each warning about the file `scan`."""
+    return "\n".join([text, *(f"  warning: {scan}: {warning}" for warning in warnings)])

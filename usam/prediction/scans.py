@@ -63,11 +63,9 @@ def predict_each(
         for path, name in tqdm(
             own, desc="predicting", unit="scan", disable=not is_main() or len(own) < 2, leave=False
         ):
-            files = ResultFiles(
-                args.output_dir, name, plain=getattr(args, "names", None) == "nnunet"
-            )
+            files = ResultFiles(args.output_dir, name, plain=args.names == "nnunet")
             try:
-                files.check(scans, overwrite=getattr(args, "overwrite", False))
+                files.check(scans, overwrite=args.overwrite)
                 tqdm.write(segment(path, files))
             except AssertionError:
                 raise

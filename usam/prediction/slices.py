@@ -23,11 +23,17 @@ from tqdm import tqdm
 
 from dataset.palette import class_colors
 from dataset.scans.slices import ScanSlices
-from dataset.scans.window import parse_window
+from dataset.scans.window import parse_window, window_misfit
 from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
 from usam.prediction.overlay import Panel, save_montage, spread_slices
 from usam.prediction.prompts import ScanPrompts, read_prompts, slice_prompts_of
-from usam.prediction.results import ResultFiles, count_voxels, measured, measured_text
+from usam.prediction.results import (
+    ResultFiles,
+    count_voxels,
+    measured,
+    measured_text,
+    with_warnings,
+)
 from usam.prediction.scans import predict_each, scans_to_predict
 from usam.prediction.slice_prompts import SlicePrompts, marks_on_slices, slice_prompts
 from usam.runtime.precision import Precision
@@ -54,7 +60,9 @@ def predict(args: Namespace, precision: Precision, saved: dict[str, Any]) -> Non
 
     def segment(path: Path, files: ResultFiles) -> str:
         prompts = slice_prompts_of(args, contents, path)
-        scan = ScanSlices(path, saved["data"], window=window, channel=args.channel)
+        scan = ScanSlices(
+            path, saved["data"], window=window, channel=args.channel, series=args.series
+        )
         return predict_scan(scan, files, predictor, prompts=prompts, facts=facts)
 
     predict_each(args, scans, segment, precision.device)
@@ -107,6 +115,7 @@ def predict_scan(
     sink = nullcontext()
     if predictor.probabilities:
         sink = ProbabilityFile(files.probabilities, len(predictor.classes), scan.header)
+    warnings = [*scan.header.remarks, *intensity_warnings(scan)]
     with sink as opened:
         _segment(scan, predictor, given, scan.canonical(label), opened, files.name)
     if predictor.largest_component:
@@ -118,9 +127,18 @@ def predict_scan(
     files.remove_others(written)
     write_label_map(files.label_map, label, scan.header)
     rows = class_rows(label, predictor, scan.header.voxel_ml)
-    files.describe(describe(scan, given, predictor) | dict(facts) | {"classes": rows})
-    remarks = [f"\n  warning: {remark}" for remark in scan.header.remarks]
-    return f"{files.label_map}: {one_line(rows)}{''.join(remarks)}"
+    about = describe(scan, given, predictor) | dict(facts)
+    files.describe(about | {"warnings": warnings, "classes": rows})
+    return with_warnings(f"{files.label_map}: {one_line(rows)}", scan.header.path.name, warnings)
+
+
+def intensity_warnings(scan: ScanSlices) -> list[str]:
+    """A line if the scan's values do not suit the window that the model was trained with."""
+    misfit = window_misfit(scan.volume.slices, scan.window)
+    if not misfit or scan.is_constant:
+        return [f"{misfit}; nothing to segment"] if misfit else []
+    return [f"{misfit}; give --window LOW HIGH in the scan's units, or --window percentile if the "
+            "model was trained with it"]  # fmt: skip
 
 
 def class_rows(
@@ -194,6 +212,8 @@ def _segment(
 ) -> None:
     """Fill labels (S, H, W), zero before, slice by slice; a slice without a prompt stays zero."""
     numbers = list(range(len(scan))) if given is None else given.slices
+    if scan.is_constant:
+        numbers = []
     size = labels.shape[1:]
     if probabilities is not None and len(numbers) < len(scan):
         _write_background(scan, probabilities, sorted(set(range(len(scan))) - set(numbers)))

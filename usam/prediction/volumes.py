@@ -17,7 +17,13 @@ from dataset.text import counted
 from usam.models.sam_med3d import THRESHOLD
 from usam.prediction.planes import draw_objects
 from usam.prediction.prompts import read_prompts, volume_prompts_of
-from usam.prediction.results import ResultFiles, count_voxels, measured, measured_text
+from usam.prediction.results import (
+    ResultFiles,
+    count_voxels,
+    measured,
+    measured_text,
+    with_warnings,
+)
 from usam.prediction.scans import predict_each, scans_to_predict
 from usam.prediction.volume_prompts import MarkedObject, marked
 from usam.prediction.windows import MAX_WINDOWS, EmbeddingCache, Session, Voxel
@@ -38,11 +44,11 @@ def predict(args: Namespace, precision: Precision, saved: dict[str, Any] | None)
 
     def segment(path: Path, files: ResultFiles) -> str:
         prompts = volume_prompts_of(args, contents, path)
-        scan = read_volume(path, args.channel)
+        scan = read_volume(path, args.channel, args.series)
         known = read_label_volume(args.init_mask, scan.grid) if args.init_mask else None
         objects = [marked(one, scan, mm=prompts.mm) for one in prompts.objects]
         label, rows = segment_objects(EmbeddingCache(model, scan.image, precision), objects, known)
-        return write_results(files, scan, label, rows, facts, objects if args.overlay else None)
+        return write_results(files, scan, label, rows, facts, objects if args.overlay else ())
 
     predict_each(args, scans, segment, precision.device)
 
@@ -130,7 +136,7 @@ def write_results(
     label: np.ndarray,
     rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
-    drawn: Sequence[MarkedObject] | None,
+    drawn: Sequence[MarkedObject],
 ) -> str:
     """Write the label map, its description and, of the objects `drawn`, a picture; lines on them.
 
@@ -139,31 +145,37 @@ def write_results(
     header, stored = scan.grid.header, scan.restore(label)
     voxels = count_voxels(stored, 256).tolist()
     rows = [{**row, **measured(voxels[row["label"]], header.voxel_ml)} for row in rows]
-    if drawn is not None:
+    if drawn:
         draw_objects(files.overlay, scan, label, drawn, title=files.name)
-    files.remove_others([files.overlay] if drawn is not None else [])
+    files.remove_others([files.overlay] if drawn else [])
     scan.save(files.label_map, label)
-    files.describe({"input": header.path.name, **facts, "objects": rows})
-    lines = [line for row in rows for line in _lines(row)]
-    lines += [f"warning: {remark}" for remark in header.remarks]
-    return f"{files.label_map}: " + "\n  ".join(lines)
+    warnings = [*header.remarks, *(line for row in rows for line in _warnings(row))]
+    about = {"input": header.path.name, "shape": list(header.shape), **facts}
+    files.describe({**about, "warnings": warnings, "objects": rows})
+    found = "\n  ".join(map(_line, rows))
+    return with_warnings(f"{files.label_map}: {found}", header.path.name, warnings)
 
 
-def _lines(row: Mapping[str, Any]) -> list[str]:
+def _line(row: Mapping[str, Any]) -> str:
     """What the terminal says of an object."""
     points, windows = counted(row["points"], "point"), counted(row["windows"], "window")
-    name, lines = row["name"], [f"{measured_text(row)}, {points}, {windows}"]
+    return f"{measured_text(row)}, {points}, {windows}"
+
+
+def _warnings(row: Mapping[str, Any]) -> list[str]:
+    """What a user should know of an object, a line each."""
+    name, lines = row["name"], []
     if row.get("box") == "centre clicked":
         lines.append(
             f"{name}: this checkpoint does not support boxes; used the box centre as a click"
         )
     if row.get("init_mask") is False:
-        lines.append(f"warning: {name}: --init_mask has no label {row['label']}; not used")
+        lines.append(f"{name}: --init_mask has no label {row['label']}; not used for it")
     if row["stopped_early"]:
         lines.append(
-            f"warning: {name}: stopped after {MAX_WINDOWS} windows; the object may reach further, "
-            "click again where it ends"
+            f"{name}: stopped after {MAX_WINDOWS} windows, the object may reach further; click "
+            "again where it ends"
         )
     if not row["voxels"]:
-        lines.append(f"warning: {name}: nothing found")
+        lines.append(f"{name}: no voxel found")
     return lines
