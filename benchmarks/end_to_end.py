@@ -23,7 +23,7 @@ from benchmarks.baseline import plain_steps, plain_twin
 from benchmarks.data import write_slices
 from benchmarks.harness import Row
 from benchmarks.plain_data import PlainSlices
-from benchmarks.train_step import CLASSES, precision_of
+from benchmarks.train_step import CLASSES, fresh_state, precision_of
 from dataset.slices import SliceDataset
 from dataset.store.slices import SliceStore
 from dataset.transforms import augment
@@ -31,7 +31,9 @@ from usam.models.usam import build_usam
 from usam.runtime.loaders import loader_for
 from usam.runtime.samplers import TrainingBatches
 from usam.training import engine
-from usam.training.checkpoint import BackgroundSaver
+from usam.training.checkpoint import CheckpointWriter
+from usam.training.optimizer import build_optimizer
+from usam.training.usam import SegmentationStep
 
 
 class Case(NamedTuple):
@@ -57,7 +59,7 @@ def epochs(case: Case, workers: int, options: argparse.Namespace) -> Row:
     torch.manual_seed(0)
     model = build_usam(options.sam_model, CLASSES, case.size).to(device)
     plain, precision = plain_twin(model, options.sam_model), precision_of(case.ours, device)
-    optimizer = engine.build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
+    optimizer = build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=1e-4)
     with tempfile.TemporaryDirectory() as name:
         write_slices(Path(name), case.images, side=2 * case.size)
@@ -71,12 +73,12 @@ def epochs(case: Case, workers: int, options: argparse.Namespace) -> Row:
             num_workers=workers, persistent_workers=workers > 0,
         )  # fmt: skip
         ours = partial(
-            engine.train_one_epoch, model, loader, optimizer,
-            step=engine.segmentation_step(augment, 0, device), precision=precision,
-            recipe=engine.Recipe(seed=0, total_samples=10**9), scaler=precision.scaler(),
+            engine.train_one_epoch, model, loader, step=SegmentationStep(device, augment),
+            recipe=engine.Recipe(seed=0, total_samples=10**9), precision=precision,
         )  # fmt: skip
         pairs = harness.paired_seconds(
-            lambda: ours(progress=engine.Progress()), lambda: plain_steps(plain, theirs, files),
+            lambda: ours(fresh_state(model, optimizer, precision)),
+            lambda: plain_steps(plain, theirs, files),
             rounds=options.rounds, device=device,
         )  # fmt: skip
     row = Row(f"precision: training from disk, {case}, {workers} workers")
@@ -87,13 +89,14 @@ def stall(options: argparse.Namespace) -> Row:
     """Seconds training waits for a save, against saving in its own thread."""
     device = torch.device(options.device)
     model = build_usam(options.sam_model, CLASSES, 224).to(device)
-    optimizer = engine.build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
+    optimizer = build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with tempfile.TemporaryDirectory() as name:
-        saver, folder = BackgroundSaver(), Path(name)
+        folder = Path(name)
+        saver = CheckpointWriter(folder)
         pairs = []
         for _ in range(2 * options.rounds):
             waited = harness.seconds(lambda: saver.submit({folder / "last.pth": state}), device)

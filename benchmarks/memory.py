@@ -19,7 +19,7 @@ import torch
 from benchmarks import harness
 from benchmarks.train_step import CLASSES, GIB, Case, our_work
 from usam.models.usam import build_usam
-from usam.training.recomputation import recompute_activations
+from usam.training.execution import checkpoint_activations
 
 
 class Setting(NamedTuple):
@@ -50,7 +50,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> tuple[int, float]:
     with harness.PeakMemory(device) as peak:
         model = build_usam(options.sam_model, CLASSES, setting.size).to(device)
         if setting.recompute:
-            recompute_activations(model)
+            checkpoint_activations(model)
         work = our_work(model, case, device)
         work()
         took = harness.seconds(work, device)

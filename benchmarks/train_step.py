@@ -27,7 +27,11 @@ from dataset.transforms import augment
 from usam.models.usam import USam, build_usam
 from usam.runtime.precision import Precision
 from usam.training import engine
-from usam.training.compilation import compile_training
+from usam.training.checkpoint import TrainingState
+from usam.training.ema import WeightAverage
+from usam.training.execution import compile_training
+from usam.training.optimizer import build_optimizer
+from usam.training.usam import SegmentationStep
 
 CLASSES = 3
 GIB = 2**30
@@ -104,13 +108,21 @@ def precision_of(name: str, device: torch.device) -> Precision:
 def our_work(model: USam, case: Case, device: torch.device) -> Work:
     """The engine's epoch over the case's batches."""
     precision = precision_of(case.ours, device)
-    optimizer = engine.build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
-    loader, step = ReadyBatches(case), engine.segmentation_step(augment, 0, device)
+    optimizer = build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
+    loader, step = ReadyBatches(case), SegmentationStep(device, augment)
     recipe = engine.Recipe(seed=0, total_samples=10**9)
     return lambda: engine.train_one_epoch(
-        model, loader, optimizer, step=step, recipe=recipe, precision=precision,
-        scaler=precision.scaler(), progress=engine.Progress(),
+        model, loader, fresh_state(model, optimizer, precision), step=step, recipe=recipe,
+        precision=precision,
     )  # fmt: skip
+
+
+def fresh_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: Precision
+) -> TrainingState:
+    """The state of a run at its start, without an average of the weights."""
+    average = WeightAverage(model, 0.0)
+    return TrainingState(model, optimizer, precision.scaler(), average, facts={})
 
 
 def plain_work(model: PlainUSam, case: Case) -> Work:
@@ -140,7 +152,7 @@ def compiled(model: USam, case: Case, device: torch.device) -> None:
     """Compile in place what the case wants compiled. Raises RuntimeError where that fails."""
     if not case.compiled:
         return
-    step = engine.segmentation_step(augment, 0, device)
+    step = SegmentationStep(device, augment)
     sample = {key: value[0] for key, value in ReadyBatches(case).batches[0].items()}
     precision = precision_of(case.ours, device)
     if not compile_training(model, step, [sample] * case.batch, precision):

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.harness import Row, Work
+from benchmarks.train_step import fresh_state
 from dataset.crops import normalise
 from usam.models.sam_med3d import build_sam_med3d
 from usam.runtime.precision import Precision
 from usam.training import engine
-from usam.training.clicks import click_step
+from usam.training.optimizer import build_optimizer
+from usam.training.sam_med3d import ClickStep
 
 
 class Case(NamedTuple):
@@ -74,12 +76,12 @@ def our_work(case: Case, device: torch.device) -> Work:
     model.image_encoder.blocks = model.image_encoder.blocks[: case.blocks]
     model.to(device)
     precision = Precision(device, dtype_of(case.ours))
-    optimizer = engine.build_optimizer(model.parameter_groups(1e-5), 0.1)
-    loader, step = ReadyCrops(case.batch), click_step(normalise, device, case.clicks)
+    optimizer = build_optimizer(model.parameter_groups(1e-5), 0.1)
+    loader, step = ReadyCrops(case.batch), ClickStep(device, case.clicks)
     recipe = engine.Recipe(seed=0, total_samples=10**9)
     return lambda: engine.train_one_epoch(
-        model, loader, optimizer, step=step, recipe=recipe, precision=precision,
-        scaler=precision.scaler(), progress=engine.Progress(),
+        model, loader, fresh_state(model, optimizer, precision), step=step, recipe=recipe,
+        precision=precision,
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import pytest
 import dataset
 from dataset.store.slices import write_case, write_index
 from tests.conftest import ROOT
-from tests.helpers.command import SCRIPT
 from usam.cli import choices, page
 from usam.cli.flags import DEFAULTS, FLAGS
 from usam.cli.parser import fill_defaults, help_text, parse_flags
+from usam.training.usam import load_split
 
 PUBLISHED_FLAGS = {
     "--prompt_mode", "--warmup", "--lr", "--lr_vit", "--lr_backbone", "--batch_size",
@@ -99,7 +98,6 @@ def test_empty_limits_training_slices_without_foreground(
     given = ["--dataset", "store", "--data_root", str(tmp_path), "--val_fraction", "0"]
     args = parse_flags(given + (["--empty", value] if value else []))
     fill_defaults(args, None)
-    load_split = runpy.run_path(SCRIPT, run_name="u_sam")["load_split"]
     assert len(load_split(args, "train")) == number
     assert len(load_split(args, "test")) == 3
 

@@ -19,10 +19,9 @@ from dataset.transforms import StrongDraws
 from tests.helpers.command import TINY, assert_same_run, run
 from usam.cli import parser
 from usam.cli.choices import RECIPES
-from usam.cli.recipes import class_weights
 from usam.cli.values import jitter_pixels
 from usam.runtime.samplers import ClassBalancedSampling, TrainingBatches
-from usam.training.losses import balanced_weights
+from usam.training.losses import balanced_weights, class_weights
 
 EVERYTHING = (
     "--recipe", "strong", "--augment", "strong", "--foreground_share", "50%", "--ema", "0.9",
@@ -180,19 +179,19 @@ def test_strong_draws_keep_their_ranges_and_repeat() -> None:
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`whole`, a run with every option, and `short`, the same ended after one epoch of three."""
-    from usam.training.run_folder import RunFolder
+    from usam.training.checkpoint import CheckpointWriter
 
     folder = tmp_path_factory.mktemp("runs")
-    save = RunFolder.save
+    save = CheckpointWriter.save
 
-    def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
+    def save_and_copy(self: CheckpointWriter, state: Any, *, as_best: bool, **_: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        if len((self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
-            shutil.copytree(self.path, folder / "short")
+        if len((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
+            shutil.copytree(self.folder, folder / "short")
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RunFolder, "save", save_and_copy)
+        patched.setattr(CheckpointWriter, "save", save_and_copy)
         given = [*TINY, *EVERYTHING, "--data_root", store, "--output_dir", folder / "whole"]
         args = parser.parse_flags([str(word) for word in given])
         main = __import__("runpy").run_path("u-sam.py", run_name="u_sam")["main"]

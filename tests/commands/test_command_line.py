@@ -36,23 +36,23 @@ from tests.helpers.command import (
     run,
 )
 from tests.helpers.layouts import slice_store
-from usam.training.run_folder import RunFolder
+from usam.training.checkpoint import CheckpointWriter
 
 
 @pytest.fixture(scope="module")
 def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an uninterrupted run; `after-k` beside it holds what was there after k epochs."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    save = RunFolder.save
+    save = CheckpointWriter.save
 
-    def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
+    def save_and_copy(self: CheckpointWriter, state: Any, *, as_best: bool, may_skip: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        epochs = len((self.path / "log.jsonl").read_text(encoding="utf-8").splitlines())
-        shutil.copytree(self.path, self.path.with_name(f"after-{epochs}"))
+        epochs = len((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        shutil.copytree(self.folder, self.folder.with_name(f"after-{epochs}"))
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(RunFolder, "save", save_and_copy)
+        patched.setattr(CheckpointWriter, "save", save_and_copy)
         patched.setattr(
             sys, "argv",
             ["u-sam.py", *TRAINED, "--data_root", str(store), "--output_dir", str(folder)],
@@ -251,7 +251,7 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
         "--output_dir", folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "2 process(es) on cpu" in result.stdout
+    assert "2 processes on cpu" in result.stdout
     assert "Warning" not in result.stderr
     said = result.stdout.splitlines()
     assert [sum(line.startswith(f"epoch {n}:") for line in said) for n in (0, 1, 2)] == [1, 1, 0]

@@ -19,6 +19,7 @@ from dataset.phantom import belly as phantom3d
 from tests.conftest import ROOT
 from usam.cli import parser
 from usam.models.sam_med3d import SamMed3d, build_sam_med3d
+from usam.training import engine
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +77,16 @@ def test_a_run_records_its_choices(whole: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_end(
     usam_py: ModuleType, store: Path, whole: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    train_one_epoch = usam_py.engine.train_one_epoch
+    train_one_epoch = engine.train_one_epoch
 
     def killed(*args: Any, **how: Any) -> Any:
-        if how["progress"].epoch == 1:
+        if args[2].progress.epoch == 1:
             raise KeyboardInterrupt
         return train_one_epoch(*args, **how)
 
     words = training_words(store, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(usam_py.engine, "train_one_epoch", killed)
+        patch.setattr(engine, "train_one_epoch", killed)
         run(usam_py, *words)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

@@ -25,7 +25,6 @@ from usam.evaluation.cases import CaseScores
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.report import cases_csv, write_report
 from usam.evaluation.report_tables import CaseReport, rules
-from usam.training.run import one_line
 
 CLASSES = ["background", "normal <rectum>", "tumour | T3"]
 COLORS = ["#000000", "#00ff00", "#ff0000"]
@@ -164,16 +163,6 @@ def test_what_is_printed_names_the_source_of_the_prompts() -> None:
     lines = made("a", "b").text.splitlines()
     assert lines[0] == "by case (2 cases), mean ± standard deviation; prompts: none"
     assert len({len(line) for line in lines[1:]}) == 1
-    line = {
-        "epoch": 3,
-        "loss": 0.5,
-        "skipped_steps": 0,
-        "quarantined": 0,
-        "val": {"prompts": "boxes"},
-    }
-    assert "validation Dice (prompts: boxes) tumour 0.700" in one_line(
-        line, {"tumour": 0.7}, 2.0, is_best=False
-    )
 
 
 def test_names_are_text_and_never_markup(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from usam.runtime.precision import Precision
 from usam.runtime.samplers import TrainingBatches
-from usam.training.engine import Recipe, build_optimizer, train_one_epoch
+from usam.training.checkpoint import Progress, TrainingState
+from usam.training.ema import WeightAverage
+from usam.training.engine import Recipe, train_one_epoch
 from usam.training.losses import segmentation_loss
+from usam.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, None)
@@ -79,5 +82,11 @@ def train(model: nn.Module, loader: DataLoader, optimizer: Any, **changes: Any) 
         "recipe": Recipe(seed=5, total_samples=1000),
         "precision": FLOAT32,
     } | changes
-    how.setdefault("scaler", how["precision"].scaler())
-    return train_one_epoch(model, loader, optimizer, **how)
+    own = {name: how.pop(name, None) for name in ("scaler", "average", "progress")}
+    plain = getattr(model, "module", model)
+    state = TrainingState(
+        plain, optimizer, own["scaler"] or how["precision"].scaler(),
+        own["average"] or WeightAverage(plain, 0.0), facts={},
+    )  # fmt: skip
+    state.progress = own["progress"] or Progress()
+    return train_one_epoch(model, loader, state, **how)

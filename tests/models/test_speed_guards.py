@@ -16,8 +16,9 @@ from dataset.transforms import augment
 from usam.cli.choices import PROMPT_MODES
 from usam.models.prompts import prompts_from_masks
 from usam.models.usam import USam, build_usam
-from usam.training.engine import FiniteGuard, segmentation_step
+from usam.training.epoch_sums import FiniteGuard
 from usam.training.losses import segmentation_loss
+from usam.training.usam import SegmentationStep
 
 META = torch.device("meta")
 PUBLISHED_GFLOP = 50.3, 150.5  # forward, with backward; an image of 224 x 224, ViT-B, 3 classes
@@ -108,7 +109,7 @@ def test_an_image_saves_no_more_for_backward_than_published():
 def test_a_training_step_never_waits_for_the_device(mode):
     model = on_meta(64, "vit_tiny")
     guard = FiniteGuard(model, META)
-    step = segmentation_step(augment, mode, META)
+    step = SegmentationStep(META, augment, mode)
     loss = step(model, batch(2, 64), torch.Generator().manual_seed(3))
     loss.backward()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -31,11 +31,13 @@ from tests.helpers.command import (
 )
 from tests.helpers.layouts import slice_store
 from tests.helpers.toy import Slices
+from usam.evaluation import pixels
 from usam.runtime import signals as preemption
 from usam.runtime.loaders import loader_for
 from usam.runtime.signals import SIGNALS, STOPPED, StopRequest, Watched
 from usam.training import engine
-from usam.training.checkpoint import BackgroundSaver
+from usam.training import run as training_run
+from usam.training.checkpoint import CheckpointWriter
 from usam.training.run_folder import RunFolder
 
 Flags = Callable[[Path], list[str]]
@@ -136,9 +138,9 @@ def test_a_run_stopped_within_epochs_ends_as_the_uninterrupted_one(
     while result.code == STOPPED:
         saved = torch.load(folder / "last.pth", weights_only=True)
         steps.append((saved["progress"]["epoch"], saved["progress"]["step"]))
-        assert f"last.pth in {folder} goes on there" in result.out
+        assert f"resume with --resume {folder / 'last.pth'}" in result.out
         result = stopped_run(capsys, flags(folder), engine, "_optimizer_step", call=1)
-        assert "--resume auto: goes on from" in result.out
+        assert "--resume auto: resuming from" in result.out
     assert steps == [(0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0)]
     assert_same_run(folder, whole)
 
@@ -146,9 +148,9 @@ def test_a_run_stopped_within_epochs_ends_as_the_uninterrupted_one(
 @pytest.mark.parametrize(
     ("owner", "name", "call", "epoch"),
     [
-        (engine, "predictions", 2, 2),  # within the second validation
+        (pixels, "predictions", 2, 2),  # within the second validation
         (RunFolder, "log", 1, 1),
-        (RunFolder, "save", 1, 1),
+        (CheckpointWriter, "save", 1, 1),
     ],
 )
 def test_a_signal_while_validating_or_saving_leads_to_a_saved_state(
@@ -170,17 +172,17 @@ def test_saves_within_epochs_change_nothing_and_are_gone_on_from(
     flags: Flags, whole: Path, tmp_path: Path, capsys: Any
 ) -> None:
     folder, saved = tmp_path / "run", []
-    save = RunFolder.save
+    save = CheckpointWriter.save
 
-    def save_and_copy(self: RunFolder, state: Any, **how: Any) -> None:
+    def save_and_copy(self: CheckpointWriter, state: Any, **how: Any) -> None:
         save(self, state, **how)
         self.finish()
-        saved.append(torch.load(self.path / "last.pth", weights_only=True)["progress"])
-        shutil.copytree(self.path, tmp_path / f"copy-{len(saved)}")
+        saved.append(torch.load(self.folder / "last.pth", weights_only=True)["progress"])
+        shutil.copytree(self.folder, tmp_path / f"copy-{len(saved)}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackgroundSaver, "is_due", property(lambda self: True))
-        patch.setattr(RunFolder, "save", save_and_copy)
+        patch.setattr(CheckpointWriter, "is_due", property(lambda self: True))
+        patch.setattr(CheckpointWriter, "save", save_and_copy)
         assert run(capsys, *flags(folder), "--save_every", "1", "--keep", "3").code == 0
     places = [(progress["epoch"], progress["step"]) for progress in saved]
     assert places == [(epoch, step) for end in (1, 2, 3) for epoch, step in (
@@ -198,7 +200,7 @@ def test_saves_within_epochs_change_nothing_and_are_gone_on_from(
 def test_before_training_a_signal_ends_the_run_with_the_same_code(
     flags: Flags, tmp_path: Path, capsys: Any
 ) -> None:
-    result = stopped_run(capsys, flags(tmp_path / "run"), engine, "build_optimizer", call=1)
+    result = stopped_run(capsys, flags(tmp_path / "run"), training_run, "build_optimizer", call=1)
     assert result.code == STOPPED
     assert "stopped by SIGTERM before training: nothing to save" in result.out
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -259,7 +261,7 @@ def test_a_process_group_that_is_signalled_goes_on_as_if_nothing_had_been(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its loaders' workers, too
     out = process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED, out
-    assert "stopped as asked" in out
+    assert "stopped by a signal" in out
     assert run(capsys, *flags(folder)).code == 0
     assert_same_run(folder, whole)
     starts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
@@ -320,7 +322,7 @@ def test_of_two_processes_either_one_or_the_launcher_stops_both(
             process.send_signal(signal.SIGTERM)
         out = process.communicate(timeout=120)[0]
         assert process.returncode != 0
-        assert out.count("stopped as asked") == 1, out
+        assert out.count("stopped by a signal") == 1, out
         assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     process = launched(*flags(folder), "--epochs", "5", launcher=launcher)
     assert process.wait(timeout=300) == 0

@@ -27,7 +27,9 @@ from usam.models.usam import build_usam
 from usam.runtime import processes
 from usam.runtime.samplers import EvaluationShard, TrainingBatches
 from usam.training import engine
-from usam.training.engine import Progress, Recipe, segmentation_step, step_generator
+from usam.training.checkpoint import Progress
+from usam.training.engine import Recipe, step_generator
+from usam.training.usam import SegmentationStep
 
 COUNTS = range(1, 10)  # samples
 WORLDS = (1, 2, 3)
@@ -80,7 +82,7 @@ def gradients_of_first_step(
     number = 2 * accumulation * BATCH * processes.world_size()
     train(
         processes.wrap(model, CPU), training_loader(Slices(number, side=32), BATCH), optimizer,
-        step=segmentation_step(no_augmentation, prompt_mode, CPU), progress=Progress(),
+        step=SegmentationStep(CPU, no_augmentation, prompt_mode), progress=Progress(),
         recipe=Recipe(seed=5, total_samples=100, accumulation_steps=accumulation),
     )  # fmt: skip
     return {"gradients": seen, "weights": model.state_dict()}
@@ -91,7 +93,7 @@ def nan_on_rank_1() -> dict[str, Any]:
     torch.manual_seed(3)
     model = Toy()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    plain = segmentation_step(no_augmentation, 1, CPU)
+    plain = SegmentationStep(CPU, no_augmentation, 1)
 
     def step(*given: Any) -> torch.Tensor:
         return plain(*given) * (math.nan if processes.rank() == 1 else 1)
@@ -277,7 +279,7 @@ def gradients_alone(
     model = build().train()
     data = Slices(4 * accumulation * BATCH, side=32)
     order = TrainingBatches(len(data), 2 * BATCH, seed=5)
-    step = segmentation_step(no_augmentation, mode, CPU)
+    step = SegmentationStep(CPU, no_augmentation, mode)
     for number, block in zip(range(accumulation), order, strict=False):
         items = [data[pair] for pair in block[rank::2]]
         batch = {key: torch.stack([item[key] for item in items]) for key in ("image", "mask")}

@@ -24,10 +24,10 @@ from usam.models.usam import USam, build_usam
 from usam.runtime import processes
 from usam.runtime.signals import StopRequest
 from usam.training import checkpoint
-from usam.training.checkpoint import BackgroundSaver, to_cpu
-from usam.training.engine import build_optimizer
-from usam.training.finite_guard import FiniteGuard
+from usam.training.checkpoint import CheckpointWriter, to_cpu
+from usam.training.epoch_sums import FiniteGuard
 from usam.training.losses import segmentation_loss
+from usam.training.optimizer import build_optimizer
 
 MAX_SAVE = 1.1  # times torch.save and fsync
 MAX_GUARD = 0.01  # of a step
@@ -88,7 +88,7 @@ def run_saves(sam_model: str, rounds: int) -> list[Row]:
         size = (folder / "last.pth").stat().st_size / 1e6
         rows.append(limited("a durable save / torch.save + fsync", durable / plain, MAX_SAVE))
         rows[-1].note += f"; {size:.0f} MB, {durable:.2f} s and {plain:.2f} s"
-        saver, stalls, copies = BackgroundSaver(), [], []
+        saver, stalls, copies = CheckpointWriter(folder), [], []
         for _ in range(max(3, rounds)):
             copies.append(seconds(lambda: to_cpu(state)))
             stalls.append(seconds(lambda: saver.submit({folder / "last.pth": state})))

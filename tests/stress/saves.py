@@ -22,8 +22,7 @@ from tests.stress.injector import Injector, Moment, in_a_child, kill_self, wait_
 from tests.stress.power import disks
 from tests.stress.rows import Row
 from usam.training import checkpoint
-from usam.training.engine import Progress
-from usam.training.run_folder import RunFolder
+from usam.training.checkpoint import CheckpointWriter, Progress
 from usam.weights.checkpoint_parts import FORMAT
 from usam.weights.usam import read_checkpoint
 
@@ -65,10 +64,10 @@ def save_plainly(folder: Path, number: int, done: Callable[[int], None]) -> None
 
 
 def save_as_a_run(folder: Path, number: int, done: Callable[[int], None]) -> None:
-    """Save `number` as an epoch's end does: best.pth, last.pth, a predecessor, from a thread."""
-    run = RunFolder(folder, folder / "last.pth", 0, keep=1)
-    run.save(lambda: small_state(number), as_best=True, may_skip=False)
-    run.finish()
+    """Save `number` as an epoch's end does: best.pth, last.pth, their backups, from a thread."""
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(lambda: small_state(number), as_best=True, may_skip=False)
+    writer.finish()
     done(number)
 
 

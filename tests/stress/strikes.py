@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import torch
 from tests.stress.injector import Injector, Moment, on_call
 from tests.stress.tiny_run import as_main
 from usam.evaluation import pixels
-from usam.training import engine
-from usam.training.run_folder import RunFolder
+from usam.training.checkpoint import CheckpointWriter
+from usam.training.usam import SegmentationStep
 
 VARIABLE = "STRESS_STRIKE"
 PLACES = ("forward", "backward", "evaluation", "save")
@@ -68,28 +68,19 @@ class Strike:
             }[self.place]()
 
     def _in_forward(self) -> None:
-        make = engine.segmentation_step
-
-        def made(*args: Any, **how: Any) -> Callable[..., torch.Tensor]:
-            return on_call(self.number, self.act, make(*args, **how))
-
-        engine.segmentation_step = made
+        step = SegmentationStep.__call__
+        SegmentationStep.__call__ = on_call(self.number, self.act, step)
 
     def _in_backward(self) -> None:
-        make = engine.segmentation_step
+        step, calls = SegmentationStep.__call__, iter(range(10**9))
 
-        def made(*args: Any, **how: Any) -> Callable[..., torch.Tensor]:
-            step, calls = make(*args, **how), iter(range(10**9))
+        def struck(*given: Any) -> torch.Tensor:
+            loss = step(*given)
+            if next(calls) == self.number:
+                loss.register_hook(lambda gradient: self.act())
+            return loss
 
-            def struck(*given: Any) -> torch.Tensor:
-                loss = step(*given)
-                if next(calls) == self.number:
-                    loss.register_hook(lambda gradient: self.act())
-                return loss
-
-            return struck
-
-        engine.segmentation_step = made
+        SegmentationStep.__call__ = struck
 
     def _in_evaluation(self) -> None:
         predictions = pixels.predictions
@@ -111,7 +102,7 @@ class Strike:
             watching.__enter__()
             atexit.register(watching.__exit__, None, None, None)  # holds it until the end
         else:
-            RunFolder.save = on_call(self.number, self.act, RunFolder.save)
+            CheckpointWriter.save = on_call(self.number, self.act, CheckpointWriter.save)
 
 
 def in_variable(strike: Strike) -> dict[str, str]:

@@ -5,6 +5,7 @@ The parts that stop and kill training runs use it; the parent has imported all o
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import random
@@ -66,6 +67,8 @@ def warm_up() -> None:
     """Import what u-sam.py imports, so that forked children need not."""
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(SCRIPT), run_name="warm")
+    for name in ("usam.training.run", "usam.evaluation.slices", "usam.prediction.slices"):
+        importlib.import_module(name)
 
 
 def as_main(flags: Sequence[str | Path], inject: Callable[[], None] = lambda: None) -> None:

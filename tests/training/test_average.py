@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.toy import Slices, Toy, one_group, train, training_loader
+from usam.training.checkpoint import Progress
 from usam.training.ema import WeightAverage
-from usam.training.engine import Progress
 from usam.weights.inference import averaged
 
 
@@ -40,7 +40,7 @@ def test_the_average_is_in_use_only_within_its_context() -> None:
 
 def test_no_decay_is_no_average() -> None:
     model = Toy()
-    average = WeightAverage(model, 0.0, saved={"num_updates": 3, "weights": {}})
+    average = WeightAverage(model, 0.0)
     average.update()
     with average.in_use():
         assert average.weights == {}
@@ -49,5 +49,5 @@ def test_no_decay_is_no_average() -> None:
 
 def test_the_average_of_another_model_is_refused() -> None:
     saved = WeightAverage(Toy(num_classes=4), 0.9).state_dict()
-    with pytest.raises(ValueError, match="not those of this model"):
-        WeightAverage(Toy(), 0.9, saved)
+    with pytest.raises(ValueError, match="of another model"):
+        WeightAverage(Toy(), 0.9).load_state_dict(saved)

@@ -17,11 +17,9 @@ import pytest
 import torch
 
 from tests.helpers.toy import FLOAT32, Toy, one_group
-from usam.training import checkpoint
-from usam.training.checkpoint import BackgroundSaver
+from usam.training import checkpoint, manifest
+from usam.training.checkpoint import CheckpointWriter, Progress, TrainingState
 from usam.training.ema import WeightAverage
-from usam.training.engine import Progress
-from usam.training.run_folder import RunFolder, run_state
 from usam.weights.state_dict import load_model_state
 
 BIG = 300_000  # numbers, 1.2 MB
@@ -126,7 +124,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_the_state_at_the_time_of_asking(tmp_path: Path) -> None:
-    saver, weights = BackgroundSaver(), torch.ones(BIG)
+    saver, weights = CheckpointWriter(tmp_path), torch.ones(BIG)
     saver.submit({tmp_path / "last.pth": {"weights": weights}})
     weights += 1
     saver.finish()
@@ -144,12 +142,12 @@ def test_weights_of_both_files_are_copied_once() -> None:
 def test_failed_saves_are_reported_and_the_third_in_a_row_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    failing, saver, path = [True], BackgroundSaver(), tmp_path / "last.pth"
+    failing, saver, path = [True], CheckpointWriter(tmp_path), tmp_path / "last.pth"
     disk_full(monkeypatch, lambda _: failing[0])
     for value in (1, 2):
         saver.submit({path: state(value)})
         saver.wait()
-        assert "No space left on device; training goes on" in capsys.readouterr().out
+        assert "No space left on device; training continues" in capsys.readouterr().out
     failing[0] = False
     saver.submit({path: state(3)})
     saver.wait()
@@ -169,7 +167,7 @@ def test_a_best_that_could_not_be_written_is_written_with_the_next_save(
 ) -> None:
     failing = [True]
     disk_full(monkeypatch, lambda name: failing[0] and name == "best.pth")
-    best, last, saver = tmp_path / "best.pth", tmp_path / "last.pth", BackgroundSaver()
+    best, last, saver = tmp_path / "best.pth", tmp_path / "last.pth", CheckpointWriter(tmp_path)
     saver.submit({best: state(1), last: state(1)})
     saver.wait()
     assert value_of(last) == 1
@@ -184,7 +182,7 @@ def test_the_end_of_a_run_tries_again_and_says_what_is_missing(
 ) -> None:
     failures = iter([True, False, True, True])
     disk_full(monkeypatch, lambda _: next(failures))
-    saver, path = BackgroundSaver(), tmp_path / "last.pth"
+    saver, path = CheckpointWriter(tmp_path), tmp_path / "last.pth"
     saver.submit({path: state(1)})
     saver.finish()
     assert value_of(path) == 1
@@ -195,7 +193,7 @@ def test_the_end_of_a_run_tries_again_and_says_what_is_missing(
 
 
 def test_very_short_epochs_pass_saves_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = BackgroundSaver()
+    saver = CheckpointWriter(tmp_path)
     assert saver.is_due
     clock = iter([100.0, 101.0])  # a write of one second
     with monkeypatch.context() as patched:
@@ -211,34 +209,34 @@ def test_very_short_epochs_pass_saves_over(tmp_path: Path, monkeypatch: pytest.M
 # --------------------------------------------------------------------------- what is inside
 
 
-def whole_state(**changes: Any) -> dict[str, Any]:
+def toy_state(model: Toy | None = None) -> TrainingState:
     """The state of a toy run after one step."""
-    model = Toy()
+    model = model or Toy()
     optimizer = one_group(model)
     model(torch.rand(2, 1, 8, 8)).sum().backward()
     optimizer.step()
-    how = {
-        "flags": {"output_dir": Path("chkpt"), "lr": 1e-3, "resume": None, "sizes": [1, 2]},
+    facts = {
+        "arguments": manifest.plain(
+            {"output_dir": Path("chkpt"), "lr": 1e-3, "resume": None, "sizes": [1, 2]}
+        ),
         "data": {"classes": ["background", "tumour"], "img_size": 32},
-        "model": model,
-        "progress": Progress(epoch=2, step=1, samples=30),
-        "best": {"epoch": 1, "mean_dice": 0.5},
-        "optimizer": optimizer,
-        "scaler": FLOAT32.scaler(),
-        "average": WeightAverage(model, 0.0),
-        "facts": {"world_size": 1, "arguments": {"lr": 1e-3}, "data": {}},
+        "world_size": 1,
     }
-    return run_state(**how | changes)
+    found = TrainingState(model, optimizer, FLOAT32.scaler(), WeightAverage(model, 0.0), facts)
+    found.progress = Progress(epoch=2, step=1, samples=30)
+    found.best = {"epoch": 1, "mean_dice": 0.5}
+    return found
 
 
-def save_now(folder: RunFolder, whole: dict[str, Any], *, as_best: bool) -> None:
-    folder.save(lambda: whole, as_best=as_best, may_skip=False)
-    folder.finish()
+def save_now(folder: Path, whole: dict[str, Any], *, as_best: bool) -> None:
+    writer = CheckpointWriter(folder)
+    writer.save(lambda: whole, as_best=as_best, may_skip=False)
+    writer.finish()
 
 
 def test_checkpoints_load_without_running_code_and_hold_plain_types(tmp_path: Path) -> None:
-    whole = whole_state()
-    save_now(RunFolder(tmp_path, None, 0), whole, as_best=True)
+    whole = toy_state().state_dict()
+    save_now(tmp_path, whole, as_best=True)
     last = torch.load(tmp_path / "last.pth", weights_only=True)
     best = torch.load(tmp_path / "best.pth", weights_only=True)
     assert last["args"] == {"output_dir": "chkpt", "lr": 1e-3, "resume": None, "sizes": "[1, 2]"}
@@ -252,17 +250,15 @@ def test_checkpoints_load_without_running_code_and_hold_plain_types(tmp_path: Pa
 def test_an_optimizer_restored_from_a_file_steps_as_the_old_one(tmp_path: Path) -> None:
     torch.manual_seed(1)
     old = Toy()
-    whole = whole_state(model=old, optimizer=(first := one_group(old)))
-    old(torch.ones(2, 1, 8, 8)).square().sum().backward()
-    first.step()
-    whole |= {"optimizer": first.state_dict()}
-    save_now(RunFolder(tmp_path, None, 0), whole, as_best=False)
+    first = toy_state(old)
+    save_now(tmp_path, first.state_dict(), as_best=False)
     saved = torch.load(tmp_path / "last.pth", weights_only=True)
     new = Toy()
     load_model_state(new, saved["model"], tmp_path)
-    second = one_group(new)
-    second.load_state_dict(saved["optimizer"])
-    for model, optimizer in ((old, first), (new, second)):
+    second = TrainingState(new, one_group(new), FLOAT32.scaler(), WeightAverage(new, 0.0), {})
+    second.load_state_dict(saved)
+    assert (second.progress, second.best) == (first.progress, first.best)
+    for model, optimizer in ((old, first.optimizer), (new, second.optimizer)):
         optimizer.zero_grad()
         model(torch.ones(2, 1, 8, 8)).square().sum().backward()
         optimizer.step()

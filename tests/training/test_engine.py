@@ -26,8 +26,10 @@ from usam.evaluation.pixels import count_pixels, predictions
 from usam.models.usam import build_usam
 from usam.runtime.loaders import to_device
 from usam.runtime.precision import Precision, select_precision
-from usam.training import engine
-from usam.training.engine import Progress, Recipe, segmentation_step, step_generator
+from usam.training.checkpoint import Progress
+from usam.training.engine import Recipe, step_generator
+from usam.training.optimizer import build_optimizer
+from usam.training.usam import SegmentationStep
 
 FLOAT16 = Precision(CPU, torch.float16)
 
@@ -191,7 +193,7 @@ def test_rates_follow_the_schedule_group_by_group() -> None:
         {"params": list(model.inner.parameters()), "lr": 1e-3},
         {"params": list(model.outer.parameters()), "lr": 1e-4},
     ]
-    optimizer = engine.build_optimizer(groups, weight_decay=1e-4)
+    optimizer = build_optimizer(groups, weight_decay=1e-4)
     optimizer.register_step_pre_hook(
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
@@ -261,7 +263,7 @@ def test_amp_names_a_precision() -> None:
 def usam_setup() -> tuple[nn.Module, torch.optim.AdamW]:
     torch.manual_seed(3)
     model = build_usam("vit_tiny", num_classes=3, img_size=32)
-    return model, engine.build_optimizer(model.parameter_groups(1e-3, 1e-4, 1e-4), 1e-4)
+    return model, build_optimizer(model.parameter_groups(1e-3, 1e-4, 1e-4), 1e-4)
 
 
 def toy_setup() -> tuple[nn.Module, torch.optim.AdamW]:
@@ -278,7 +280,7 @@ def test_training_goes_on_with_the_very_next_sample(
     setup: Any, side: int, accumulation: int, stops: tuple[int, ...]
 ) -> None:
     recipe = Recipe(seed=5, total_samples=20, accumulation_steps=accumulation)
-    step = segmentation_step(augment, 3, CPU)
+    step = SegmentationStep(CPU, augment, prompt_mode=3)
     kept: dict[int, Any] = {}
 
     def run(num_workers: int, start: Any = None) -> dict[str, Any]:

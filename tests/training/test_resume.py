@@ -27,7 +27,7 @@ from tests.helpers.layouts import slice_store
 from tests.training.test_checkpoint import disk_full, state, value_of
 from usam.cli import flags, parser
 from usam.training import checkpoint, manifest, resume
-from usam.training.checkpoint import BackgroundSaver, predecessor, predecessors
+from usam.training.checkpoint import CheckpointWriter, backup, backups
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     words = [*TRAINED, "--data_root", store, "--output_dir", folder, "--keep", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackgroundSaver, "is_due", property(lambda self: True))
+        patch.setattr(CheckpointWriter, "is_due", property(lambda self: True))
         patch.setattr(sys, "argv", ["u-sam.py", *map(str, words)])
         runpy.run_path(SCRIPT, run_name="__main__")
     return folder
@@ -80,7 +80,7 @@ def test_auto_names_what_is_damaged_and_takes_the_predecessor(
     assert result.code == 0, result.err
     assert [call.args[0].name for call in read.call_args_list] == ["last.pth", "last.1.pth"]
     assert f"warning: {copy / 'last.pth'} is damaged" in result.out
-    assert f"--resume auto: goes on from {copy / 'last.1.pth'}" in result.out
+    assert f"--resume auto: resuming from {copy / 'last.1.pth'}" in result.out
     assert (copy / "last.pth.damaged").exists()
     assert [epoch_of(path) for path in (copy / "last.pth", copy / "last.1.pth")] == [3, 2]
     assert_same_run(copy, trained)
@@ -102,7 +102,7 @@ def test_auto_starts_where_nothing_is_and_says_so(store: Path, tmp_path: Path, c
     flags = [*TRAINED, "--data_root", store, "--output_dir", folder, "--resume", "auto"]
     result = run(capsys, *flags, "--epochs", "1")
     assert result.code == 0, result.err
-    assert f"no checkpoint in {folder}, so this is a fresh start" in result.out
+    assert f"no checkpoint in {folder}, starting a new run" in result.out
     assert epoch_of(folder / "last.pth") == 1
 
 
@@ -112,7 +112,7 @@ def test_weights_to_start_from_are_refused_beside_a_checkpoint(
 ) -> None:
     result = run(capsys, *AGAIN, "--resume", trained / "last.pth", *given)
     assert_refused(result, given[0], "--resume")
-    assert_refused(run(capsys, "--eval", "--resume", "auto"), "--resume auto", "best.pth")
+    assert_refused(run(capsys, "--eval", "--resume", "auto"), "auto", "best.pth")
 
 
 # --------------------------------------------------------------------------- what changed
@@ -133,6 +133,7 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
     },
     "free": {  # where things lie, how they are saved, and what only other runs read
         "data_root": "elsewhere", "output_dir": "elsewhere", "resume": "auto", "override": True,
+        "patience": 9,
         "save_every": 7, "keep": 5, "start_epoch": 1, "dist_url": "tcp://a:1", "world_size": 4,
         "checkpoint_activations": True, "recipe": "strong", "sam_weight": "a.pth",
         "init": "a.pth", "eval": True, "predict": "a.nii", "window": "b", "channel": 1,
@@ -194,7 +195,7 @@ def test_every_argument_of_a_checkpoint_is_compared_or_free(trained: Path) -> No
     [
         (["--lr", "0.5"], "--lr 0.5 (was 0.001)"),
         (["--seed", "7"], "--seed 7 (was 202307)"),
-        (["--batch_size", "2"], "samples a step (--batch_size x processes) 2 (was 4)"),
+        (["--batch_size", "2"], "samples per step (--batch_size x processes) 2 (was 4)"),
     ],
 )
 def test_what_changes_the_result_needs_override(
@@ -215,7 +216,7 @@ def test_what_changes_the_result_needs_override(
     assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
     result = run(capsys, *how, "--override")
     assert result.code == 0, result.err
-    assert f"--override: goes on, and the result changes: {wanted}" in result.out
+    assert f"--override: the result changes: {wanted}" in result.out
 
 
 def test_other_data_need_override(copy: Path, tmp_path: Path, capsys: Any) -> None:
@@ -225,7 +226,7 @@ def test_other_data_need_override(copy: Path, tmp_path: Path, capsys: Any) -> No
     result = run(capsys, *how, "--override", "--epochs", "4")
     assert result.code == 0, result.err
     assert "the data's digest" in result.out
-    assert "otherwise than before: --epochs 4 (was 3)" in result.out
+    assert "--epochs 4 (was 3)" in result.out
 
 
 def test_the_manifest_tells_what_the_run_is_made_from(trained: Path, store: Path) -> None:
@@ -251,7 +252,7 @@ def test_another_folder_takes_the_best_along(
     how = [*AGAIN, "--data_root", store, "--output_dir", folder]
     result = run(capsys, *how, "--resume", trained / "last.1.pth", "--epochs", "3")
     assert result.code == 0, result.err
-    assert f"took {trained / 'best'}" in result.out
+    assert f"copied {trained / 'best'}" in result.out
     found = torch.load(folder / "best.pth", weights_only=True)
     wanted = torch.load(trained / "best.pth", weights_only=True)
     assert found["best"] == wanted["best"]
@@ -267,7 +268,7 @@ def test_without_a_best_to_take_along_the_best_is_looked_for_anew(
     how = [*AGAIN, "--data_root", store, "--output_dir", folder, "--resume", alone / "last.pth"]
     result = run(capsys, *how, "--epochs", "4")
     assert result.code == 0, result.err
-    assert "the best is looked for anew" in result.out
+    assert "best score reset" in result.out
     assert torch.load(folder / "best.pth", weights_only=True)["best"]["epoch"] == 3
 
 
@@ -316,7 +317,7 @@ def test_a_file_that_cannot_be_deleted_is_a_warning(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     checkpoint.save(path, state(4, 10), keep=1)
-    assert "warning: an older last.pth stays where it is" in capsys.readouterr().out
+    assert "warning: could not remove an older version of last.pth" in capsys.readouterr().out
     assert (value_of(path), value_of(tmp_path / "last.1.pth")) == (4, 3)
 
 
@@ -330,7 +331,7 @@ def test_without_hard_links_no_predecessor_is_kept_and_that_is_said(
     for value in range(2):
         checkpoint.save(tmp_path / "last.pth", state(value, 10), keep=1)
     assert kept(tmp_path) == {"last.pth": 1}
-    assert "no predecessor of last.pth is kept" in capsys.readouterr().out
+    assert "no backup of last.pth is kept" in capsys.readouterr().out
 
 
 def test_names_of_predecessors_are_told_from_others(tmp_path: Path) -> None:
@@ -344,4 +345,4 @@ def test_names_of_predecessors_are_told_from_others(tmp_path: Path) -> None:
         "last.0.pth",
     ):
         (tmp_path / name).touch()
-    assert predecessors(path) == [predecessor(path, 2), predecessor(path, 10)]
+    assert backups(path) == [backup(path, 2), backup(path, 10)]

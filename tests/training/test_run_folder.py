@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.test_checkpoint import save_now, value_of
+from tests.training.test_checkpoint import value_of
+from usam.training.checkpoint import CheckpointWriter
 from usam.training.run_folder import RunFolder
 
 
 def fill(folder: RunFolder, epochs: range) -> None:
     for epoch in epochs:
         folder.log({"epoch": epoch, "loss": 0.5})
-    save_now(folder, {"weights": torch.full((3,), float(epochs[-1]))}, as_best=True)
+    writer, state = CheckpointWriter(folder.path), {"weights": torch.full((3,), epochs[-1] * 1.0)}
+    writer.save(lambda: {"model": state, **state}, as_best=True, may_skip=False)
+    writer.finish()
 
 
 def logged(path: Path) -> list[int]:

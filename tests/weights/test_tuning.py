@@ -24,7 +24,7 @@ from tests.helpers.layouts import slice_store
 from usam.cli.choices import ADAPTERS, TUNINGS
 from usam.models import lora
 from usam.models.usam import build_usam
-from usam.training.run_folder import RunFolder
+from usam.training.checkpoint import CheckpointWriter
 from usam.weights.small_checkpoint import is_base
 
 WAYS = list(product(ADAPTERS, TUNINGS))
@@ -67,15 +67,15 @@ def tidy(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def keep_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """`after-1` beside a run's folder holds what was there after the first epoch."""
-    save = RunFolder.save
+    save = CheckpointWriter.save
 
-    def save_and_copy(self: RunFolder, state: Any, *, as_best: bool, may_skip: bool) -> None:
+    def save_and_copy(self: CheckpointWriter, state: Any, *, as_best: bool, may_skip: bool) -> None:
         save(self, state, as_best=as_best, may_skip=False)
         self.finish()
-        if len((self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
-            shutil.copytree(self.path, self.path.with_name("after-1"))
+        if len((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
+            shutil.copytree(self.folder, self.folder.with_name("after-1"))
 
-    monkeypatch.setattr(RunFolder, "save", save_and_copy)
+    monkeypatch.setattr(CheckpointWriter, "save", save_and_copy)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """An exponential moving average of the weights, which often segments better than the last ones.
 
-u-sam.py keeps one beside the model; the engine updates it, validation and best.pth use it.
+Validation and best.pth use it.
 """
 
 from __future__ import annotations
@@ -16,34 +16,21 @@ from torch import nn
 class WeightAverage:
     """The average of a model's trained parameters over the steps, float, on their devices.
 
-    After n steps the weights so far count min(decay, (1 + n) / (10 + n)), so that the start is
-    soon forgotten (Polyak and Juditsky 1992; the rule of TensorFlow's ExponentialMovingAverage).
-    Buffers are the model's own: BatchNorm's statistics are running means already. With decay 0
-    there is no average: nothing is held, and `weights` is empty. saved: a `state_dict` to go on
-    from; raises ValueError where it is another model's.
+    After n steps the average so far is weighted with min(decay, (1 + n) / (10 + n)), so that the
+    first weights are soon forgotten (Polyak and Juditsky 1992; the rule of TensorFlow's
+    ExponentialMovingAverage). Buffers are the model's own: BatchNorm's statistics are running
+    means already. With decay 0 there is no average and `weights` is empty.
     """
 
-    def __init__(
-        self, model: nn.Module, decay: float, saved: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._trained = trained if decay else {}
         self.decay, self.num_updates = decay, 0
         self.weights = {name: p.detach().clone() for name, p in self._trained.items()}
-        if decay and saved:
-            self._take(saved)
-
-    def _take(self, saved: Mapping[str, Any]) -> None:
-        shapes = {name: value.shape for name, value in self.weights.items()}
-        if {name: value.shape for name, value in saved["weights"].items()} != shapes:
-            raise ValueError("the checkpoint's averaged weights are not those of this model")
-        self.num_updates = saved["num_updates"]
-        for name, value in self.weights.items():
-            value.copy_(saved["weights"][name])
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's present weights into the average; after each optimizer step."""
+        """Add the model's present weights to the average; called after each optimizer step."""
         if not self.weights:
             return
         self.num_updates += 1
@@ -68,5 +55,14 @@ class WeightAverage:
             self.weights[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the averaged weights by name and how many steps they saw."""
+        """What a checkpoint keeps: the averaged weights by name and the number of updates."""
         return {"num_updates": self.num_updates, "weights": self.weights}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; raises ValueError for the average of another model."""
+        shapes = {name: value.shape for name, value in self.weights.items()}
+        if {name: value.shape for name, value in saved["weights"].items()} != shapes:
+            raise ValueError("the checkpoint's averaged weights are those of another model")
+        self.num_updates = saved["num_updates"]
+        for name, value in self.weights.items():
+            value.copy_(saved["weights"][name])

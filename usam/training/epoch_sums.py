@@ -1,6 +1,6 @@
-"""What an epoch adds up on the device, and how a run stopped within one takes it up again.
+"""What an epoch counts on the device: losses, skipped steps, unreadable samples.
 
-The engine keeps one for each epoch; a checkpoint within an epoch holds its `state`.
+A checkpoint saved within an epoch holds these counts, so that the resumed epoch ends with the same.
 """
 
 from __future__ import annotations
@@ -12,14 +12,68 @@ import torch
 from torch import Tensor, nn
 
 from usam.runtime.processes import gather, rank, world_size
-from usam.training.finite_guard import FiniteGuard
+
+MAX_SKIPPED_STEPS = 20  # consecutive steps without a finite gradient, after which training stops
+
+
+class FiniteGuard:
+    """Skips steps whose gradients are not finite, without waiting for the device each time.
+
+    The gradients of all one-dimensional parameters are summed: a NaN or Inf anywhere in a loss
+    reaches them, and after the all-reduce it reaches them on every rank. In float16 the scaled
+    gradients of single weights overflow as well, so all of them are summed there (`every`). The
+    fused optimizer reads the result on the device and leaves weights and its state unchanged.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, every: bool = False, in_a_row: int = 0
+    ) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._watched = [p for p in trained if every or p.ndim == 1]
+        self._statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self.at_start = [buffer.clone() for buffer in self._statistics]
+        self.skipped = torch.zeros((), device=device)
+        self.in_a_row = torch.full((), float(in_a_row), device=device)
+
+    def restore(self, skipped: int, at_start: Sequence[Tensor]) -> None:
+        """Continue an epoch: its skipped steps so far and the BatchNorm statistics at its start."""
+        self.skipped += skipped
+        for buffer, saved in zip(self.at_start, at_start, strict=True):
+            buffer.copy_(saved)
+
+    def check(self, optimizer: torch.optim.Optimizer, norm: Tensor | None = None) -> None:
+        """Let `optimizer` skip its next step if the gradients, of this `norm`, are not finite.
+
+        norm: computed here where it is None.
+        """
+        if norm is None:
+            norms = torch._foreach_norm([p.grad for p in self._watched if p.grad is not None])
+            norm = torch.stack(norms).sum()
+        bad = (~torch.isfinite(norm)).float()
+        optimizer.found_inf = bad
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+
+    def repair_statistics(self) -> None:
+        """Where a NaN reached BatchNorm's statistics, restore those of the epoch's start."""
+        for buffer, start in zip(self._statistics, self.at_start, strict=True):
+            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, start))
+
+    def raise_if_stuck(self) -> None:
+        """Raise ValueError after too many skipped steps in a row; waits for the device."""
+        if int(self.in_a_row) >= MAX_SKIPPED_STEPS:
+            raise ValueError(
+                f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; lower --lr, try "
+                "--amp off or check the data with python -m dataset.verify"
+            )
 
 
 class EpochSums:
-    """Since the epoch began: losses and unreadable samples of this process, steps left out by all.
+    """Sums since the start of an epoch: losses and unreadable samples of this process, skipped
+    steps of all.
 
-    saved: what `state` gave, to go on from there. After a change of the number of processes the
-    first one takes over what all of them had.
+    saved: what `state_dict` gave, to continue from. If the number of processes has changed since,
+    rank 0 takes the sums of all.
     """
 
     def __init__(
@@ -42,25 +96,25 @@ class EpochSums:
             self.guard.restore(saved["skipped"], saved["statistics"])
 
     def add(self, loss: Tensor) -> None:
-        """Take in the loss of a batch, if it is finite; no wait for the device."""
+        """Add the loss of a batch, if it is finite; does not wait for the device."""
         loss = loss.detach().float()
         self.losses += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite().float()])
 
-    def leave_out(self, reasons: Sequence[str], *, most: int) -> None:
-        """Count samples that could not be read, and say why; raise ValueError above `most`."""
+    def add_unreadable(self, reasons: Sequence[str], *, most: int) -> None:
+        """Count unreadable samples and print why; raise ValueError for more than `most`."""
         self.unreadable += len(reasons)
         for reason in reasons:
-            print(f"warning: a training sample is left out: {reason}", flush=True)
+            print(f"warning: skipped an unreadable training sample: {reason}", flush=True)
         if self.unreadable > most:
             raise ValueError(
-                f"{self.unreadable} training samples of this epoch cannot be read, over the {most} "
-                f"allowed; check them with python -m dataset.verify; the last: {reasons[-1]}"
+                f"{self.unreadable} training samples of this epoch are unreadable, {most} allowed; "
+                f"check the data with python -m dataset.verify; the last one: {reasons[-1]}"
             )
 
-    def state(self) -> dict[str, Any]:
-        """Plain values and tensors to go on from; every process must ask, and waits for the device.
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors to continue from; a collective call that waits for the device.
 
-        of_processes: a row each of the sum and number of losses and unreadable samples.
+        of_processes: a row for each rank with sum and number of losses and unreadable samples.
         statistics: the model's buffers at the epoch's start.
         """
         own = torch.tensor([*self.losses.tolist(), self.unreadable], dtype=torch.float64)
@@ -73,7 +127,7 @@ class EpochSums:
 
 
 def own_share(rows: list[list[float]]) -> list[float]:
-    """This process's row of those kept for each; all of them summed up, if they are not as many."""
+    """This process's row of those kept for each; if their number changed, rank 0 gets their sum."""
     if len(rows) == world_size():
         return rows[rank()]
     share = 1 if rank() == 0 else 0

@@ -1,6 +1,6 @@
 """Losses on logits of any number of spatial axes: soft Dice joined with cross-entropy.
 
-The engine minimises `segmentation_loss` for U-SAM and `dice_bce_loss` for SAM-Med3D.
+U-SAM minimises `segmentation_loss`, SAM-Med3D `dice_bce_loss`.
 """
 
 from __future__ import annotations
@@ -43,32 +43,53 @@ def segmentation_loss(
     """Weighted sum of cross-entropy and Dice loss, the weights as published for U-SAM.
 
     logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). Computed in float32.
-    class_weights (C,) float: see `cross_entropy`.
+    class_weights: of the cross-entropy, see there.
     Raises ValueError if batch or spatial sizes differ.
     """
     _check_sizes(logits, target)
-    dice = dice_loss(logits, target)
-    return ce_weight * cross_entropy(logits, target, class_weights) + dice_weight * dice
+    return ce_weight * cross_entropy(logits, target, class_weights) + dice_weight * dice_loss(
+        logits, target
+    )
 
 
 def cross_entropy(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of all pixels, in float32.
+    """Mean cross-entropy over pixels, in float32.
 
     logits (N, C, *S) float, unnormalised; target (N, *S) long in [0, C). class_weights (C,) float,
-    on the logits' device, weigh each pixel by its true class; the mean is then over weights.
+    on the logits' device, weight each pixel by its true class; the mean is then over weights.
     """
     logits = logits.float()
     if class_weights is None:
         return F.cross_entropy(logits, target)
-    loss, weights = F.cross_entropy(logits, target, reduction="none"), class_weights[target]
+    loss = F.cross_entropy(logits, target, reduction="none")
+    weights = class_weights[target]
     return (weights * loss).sum() / weights.sum().clamp(min=1e-6)  # all 0: no class that counts
 
 
+def class_weights(choice: str, pixels: Sequence[float]) -> list[float] | None:
+    """The weights that `--class_weights` names, one per class; None for none.
+
+    choice: none, balanced or numbers separated by commas; pixels: of each class in the training
+    data. Raises ValueError for numbers below 0, all 0 or not as many as classes.
+    """
+    if choice == "none":
+        return None
+    if choice == "balanced":
+        return balanced_weights(pixels)
+    weights = [float(number) for number in choice.split(",")]
+    if len(weights) != len(pixels) or min(weights) < 0 or not sum(weights):
+        raise ValueError(
+            f"--class_weights {choice}: wanted {len(pixels)} numbers of 0 or more, one per class, "
+            "background first"
+        )
+    return weights
+
+
 def balanced_weights(pixels: Sequence[float]) -> list[float]:
-    """A weight a class, one over the root of its number of pixels, the mean of all 1.
+    """A weight per class, 1 / sqrt(its number of pixels), scaled to a mean of 1.
 
     pixels: of each class in the training data. A class without any gets the weight of the rarest.
-    The root tempers what would be a thousand to one between an organ and the background.
+    Without the root, an organ would weigh a thousand times as much as the background.
     """
     rarest = min((count for count in pixels if count > 0), default=1)
     weights = [1 / math.sqrt(max(count, rarest)) for count in pixels]

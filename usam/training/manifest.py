@@ -1,7 +1,4 @@
-"""What a run was made from: written beside its checkpoints, compared when it is taken up again.
-
-training.py writes `manifest.json` at every start and asks `differences` before it goes on.
-"""
+"""What a run is made from: written to manifest.json, compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import contextlib
 import json
 import platform
 import subprocess
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,16 @@ import numpy as np
 import torch
 
 from dataset.files import write_text
+from usam.cli.flags import DEFAULTS, NOT_DECISIVE
+from usam.runtime.processes import say
 from usam.weights.checkpoint_parts import PLAIN
 
 FORMAT = 1
 PROJECT = Path(__file__).resolve().parents[2]
 NOT_TRAINED_ON = ("colors", "dataset", "prompt_mode")  # of "data"; the latter two are flags
-ONLY_SAID = ("epochs", "batch_size", "num_workers", "device", "amp", "compile")
-AROUND = {"world_size": "processes", "precision": "precision", "revision": "revision"}
-STEP = "samples a step (--batch_size x processes)"
+ONLY_PRINTED = ("epochs", "batch_size", "num_workers", "device", "amp", "compile")  # flags
+SURROUNDINGS = {"world_size": "processes", "precision": "precision", "revision": "revision"}
+STEP = "samples per step (--batch_size x processes)"
 
 
 def facts_of(
@@ -32,7 +32,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """What a run is made from, as plain values.
 
-    flags: by name. data: the checkpoint's "data", with the digest of what is trained on.
+    flags: by name. data: the checkpoint's "data", with the digest of the training data.
     """
     return {
         "arguments": plain(flags),
@@ -67,12 +67,36 @@ def revision() -> str | None:
     return found.stdout.strip() or None
 
 
+def check_unchanged(args: Namespace, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Print in what this run, made from `facts`, differs from the one that `saved` is of.
+
+    Raises ValueError if that changes the result and --override was not given, or if `saved` holds
+    weights only.
+    """
+    if "optimizer" not in saved:
+        raise ValueError(
+            f"{args.resume} holds weights only; resume from last.pth, or evaluate it with --eval"
+        )
+    before = {"arguments": saved["args"], "data": saved["data"], **saved.get("manifest", {})}
+    decisive = DEFAULTS[args.model].keys() - NOT_DECISIVE
+    result, rest = differences(before, facts, decisive)
+    if result and not args.override:
+        raise ValueError(
+            f"settings differ from {args.resume}: {'; '.join(result)}; restore them or pass "
+            "--override"
+        )
+    if result:
+        say(f"--override: the result changes: {'; '.join(result)}")
+    if rest:
+        say(f"changed since {args.resume}: {'; '.join(rest)}")
+
+
 def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], decisive: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """What differs between two runs' facts: what changes the result, and what need only be said.
+    """What differs between two runs' facts: what changes the result, and what is only printed.
 
-    decisive: the flags whose value changes the result. What one of the two does not hold, as with
+    decisive: the flags whose value changes the result. What only one of the two holds, as with
     checkpoints older than the manifest, is not compared.
     """
     flags = {"--" + name: value for name, value in saved["arguments"].items()}
@@ -89,10 +113,10 @@ def differences(
         *changes(data, data_now),
     ]
     around, around_now = (
-        renamed(facts, AROUND) | facts.get("versions", {}) for facts in (saved, now)
+        renamed(facts, SURROUNDINGS) | facts.get("versions", {}) for facts in (saved, now)
     )
-    said = {name: v for name, v in flags.items() if name[2:] in ONLY_SAID}
-    return result, [*changes(said, flags_now), *changes(around, around_now)]
+    printed = {name: v for name, v in flags.items() if name[2:] in ONLY_PRINTED}
+    return result, [*changes(printed, flags_now), *changes(around, around_now)]
 
 
 def renamed(facts: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -101,7 +125,7 @@ def renamed(facts: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In words what `new` holds otherwise than `old`, where both hold it."""
+    """One text for each value that differs between `old` and `new`, where both hold it."""
     texts = {name: (json.dumps(old[name]), json.dumps(new[name])) for name in old if name in new}
     return [
         f"{name} {short(after)} (was {short(before)})"
@@ -115,14 +139,16 @@ def short(text: str) -> str:
     return text.strip('"') if len(text) <= 40 else text.strip('"')[:12] + "..."
 
 
-def write(path: Path, facts: Mapping[str, Any], start: Mapping[str, Any], *, goes_on: bool) -> None:
-    """Write a run's `facts` to `path`, and to its list of starts where this one began.
+def write(
+    path: Path, facts: Mapping[str, Any], start: Mapping[str, Any], *, continues: bool
+) -> None:
+    """Write a run's `facts` to `path`, with the list of its starts, this one last.
 
-    With `goes_on` the starts before stay; a file that cannot be read counts as none.
+    With `continues` the earlier starts are kept; an unreadable file counts as none.
     """
     starts = []
-    if goes_on:
+    if continues:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
     whole = {"format": FORMAT, **facts, "starts": [*starts, start]}
-    write_text(path, json.dumps(whole, indent=2, allow_nan=False))
+    write_text(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")

@@ -1,6 +1,6 @@
-"""The epoch loop that U-SAM and SAM-Med3D share: train, validate, log, save, stop and go on.
+"""A training run: what it is made of, when it ends, and what each epoch logs, saves and prints.
 
-u-sam.py calls `train` for both; beside it and sam_med3d.py this file alone sees the flags.
+The loop over epochs is in u-sam.py.
 """
 
 from __future__ import annotations
@@ -9,298 +9,241 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import torch
-from torch.utils.data import DataLoader
-
-from usam.cli import flags
+from dataset.text import counted
 from usam.evaluation.metrics import rank_score
 from usam.runtime import processes
-from usam.runtime.loaders import loader_for
+from usam.runtime.loaders import UNREADABLE, SkipUnreadable, max_unreadable, training_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
-from usam.runtime.samplers import TrainingBatches
 from usam.runtime.signals import STOPPED, StopRequest, Watched
-from usam.training import checkpoint, engine, manifest
-from usam.training.compilation import compile_training, should_compile
+from usam.training import manifest
+from usam.training.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    TrainingState,
+    checkpoint_errors,
+)
 from usam.training.curves import RunCurves, summary_writer
 from usam.training.ema import WeightAverage
+from usam.training.engine import Recipe
 from usam.training.epoch_sums import EpochSums
-from usam.training.job import Job
-from usam.training.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
-from usam.training.recomputation import recompute_activations
+from usam.training.execution import checkpoint_activations, compile_training, should_compile
+from usam.training.optimizer import build_optimizer, warmup_length
 from usam.training.resume import best_so_far
-from usam.training.run_folder import RunFolder, run_state
-from usam.training.schedule import warmup_length
+from usam.training.run_folder import RunFolder
+from usam.training.sam_med3d import SamMed3dTask
+from usam.training.usam import USamTask
 
+Task = USamTask | SamMed3dTask
 Saved = dict[str, Any] | None
 
 
-def train(args: Namespace, precision: Precision, job: Job, saved: Saved, stop: StopRequest) -> None:
-    """Train until `--epochs` are done; evaluate, log and save after each.
-
-    Where `stop` was asked for, all is saved, within an epoch or before its validation, and the
-    program ends with code STOPPED.
-    """
-    run = Run(args, precision, job, saved, stop)
-    stop.watch()
-    if run.is_over:
-        done = f"{run.progress.epoch} epochs are done, --epochs is {args.epochs}"
-        say(f"nothing left to train: {done}; a larger --epochs goes on")
-    while not run.is_over:
-        if stop.asked(at_once=True):
-            run.leave()
-        run.train_epoch()
-        run.close_epoch()
-    run.folder.finish()
-    say(f"best.pth, last.pth and log.jsonl in {args.output_dir}")
-
-
 class Run:
-    """A training run, fresh or from `saved`: what it is made of and where it stands.
+    """A training run of a task, fresh or resumed from `saved`.
 
-    progress: the position. best: epoch and score. begun: the sums of an epoch it stands within.
-    line: the figures of an epoch that is trained, but not yet validated.
+    model: the task's, wrapped where there are several processes. loader: of training batches.
+    recipe: how an epoch is trained. state: all that training changes. From here on, signals are
+    noted by `stop`, and the run ends where all processes agree.
     """
 
     def __init__(
-        self, args: Namespace, precision: Precision, job: Job, saved: Saved, stop: StopRequest
+        self, args: Namespace, precision: Precision, task: Task, saved: Saved, stop: StopRequest
     ) -> None:
-        self.args, self.job, self.stop = args, job, stop
         if args.tensorboard:
             summary_writer()  # or an error, before an earlier run's files are moved
-        self.loader = training_loader(args, precision, job)
+        self.args, self.task, self.stop = args, task, stop
+        prepare_model(args, precision, task)
+        self.loader = training_loader(
+            task.train_data, batch_size=args.batch_size, num_workers=args.num_workers,
+            seed=args.seed, balanced=task.balanced,
+        )  # fmt: skip
         facts = manifest.facts_of(
-            vars(args), job.info, world_size=processes.world_size(), precision=str(precision)
+            vars(args), task.info, world_size=processes.world_size(), precision=str(precision)
         )
-        told = json.dumps([facts["arguments"], facts["data"], str(precision)])
-        processes.check_same(told, "the flags, the precision or the listings of the data")
+        flags = json.dumps([facts["arguments"], facts["data"], str(precision)])
+        processes.check_same(flags, "the flags, the precision or the listings of the data")
+        self.recipe = recipe_of(args, task)
+        optimizer = build_optimizer(task.parameter_groups(), args.weight_decay)
+        average = WeightAverage(task.model, args.ema)
+        self.state = TrainingState(task.model, optimizer, precision.scaler(), average, facts)
         if saved:
-            with blamed_on(args.resume):
-                check_saved(args, saved, facts)
-        optimizer = engine.build_optimizer(job.groups, args.weight_decay)
-        scaler = precision.scaler()
-        with blamed_on(args.resume):
-            self._restore(saved, optimizer, scaler)
-            self.average = WeightAverage(job.model, args.ema, (saved or {}).get("average"))
-        first = self.line["epoch"] if self.line else self.progress.epoch
-        self.folder = RunFolder(args.output_dir, args.resume, first, keep=args.keep)
-        self.folder.describe(
-            facts, {"resumed": args.resume and str(args.resume), **vars(self.progress)}
-        )
-        self.curves = RunCurves(args.output_dir, tensorboard=args.tensorboard, first_epoch=first)
-        self.best = best_so_far(self.best, args.resume, args.output_dir)
-        self._state = partial(
-            run_state, flags=vars(args), data=job.info, model=job.model, progress=self.progress,
-            best=self.best, optimizer=optimizer, scaler=scaler, average=self.average, facts=facts,
-        )  # fmt: skip
-        self._one_epoch = partial(
-            engine.train_one_epoch, processes.wrap(job.model, precision.device), self.loader,
-            optimizer, step=job.step, recipe=recipe_of(args, job), precision=precision,
-            scaler=scaler, progress=self.progress, average=self.average,
-        )  # fmt: skip
+            self._resume(saved)
+        if args.start_epoch is not None:
+            self._start_at(args.start_epoch)
+        self._open_folder()
+        self.model = processes.wrap(task.model, precision.device)
         self._steps, self._started = 0, time.perf_counter()
+        stop.watch()
+        if self.is_over:
+            done = f"{self.state.progress.epoch} epochs are done, --epochs is {args.epochs}"
+            say(f"nothing left to train: {done}; pass a larger --epochs to continue")
 
-    def _restore(
-        self, saved: Saved, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
-        """Start at the beginning or where `saved` is; optimizer, scaler and generators as there."""
-        self.progress, self.best = engine.Progress(), {"epoch": None, "mean_dice": None}
-        self.begun = self.line = None
-        batches = self.loader.batch_sampler
-        if saved:
-            restore(saved, optimizer, scaler)
-            self.progress, self.best = engine.Progress(**saved["progress"]), dict(saved["best"])
-            self.begun, self.line = saved.get("in_epoch"), saved.get("unvalidated")
+    def _resume(self, saved: dict[str, Any]) -> None:
+        """Continue where `saved` is, within an epoch also if the batch size has changed."""
+        with checkpoint_errors(self.args.resume):
+            manifest.check_unchanged(self.args, saved, self.state.facts)
+            self.state.load_state_dict(saved)
+            batches, progress = self.loader.batch_sampler, self.state.progress
             then = saved.get("manifest", {}).get("samples_per_step", batches.samples_per_step)
-            step = self.progress.step * then // batches.samples_per_step  # with --override
-            self.progress.step = min(step, len(batches))
-        if self.args.start_epoch is not None:
-            epoch = self.args.start_epoch
-            samples = epoch * len(batches) * batches.samples_per_step
-            self.progress = engine.Progress(epoch=epoch, samples=samples)
-            self.begun = self.line = None
+            step = progress.step * then // batches.samples_per_step
+            progress.step = min(step, len(batches))
+
+    def _start_at(self, epoch: int) -> None:
+        """Continue with the first batch of an epoch."""
+        batches = self.loader.batch_sampler
+        samples = epoch * len(batches) * batches.samples_per_step
+        self.state.progress = Progress(epoch=epoch, samples=samples)
+        self.state.in_epoch = self.state.unvalidated = None
+
+    def _open_folder(self) -> None:
+        """Open --output_dir and say in manifest.json what the run is made from."""
+        args, state = self.args, self.state
+        first = state.unvalidated["epoch"] if state.unvalidated else state.progress.epoch
+        self.folder = RunFolder(args.output_dir, args.resume, first)
+        self.folder.describe(
+            state.facts, {"resumed": args.resume and str(args.resume), **vars(state.progress)}
+        )
+        self.writer = CheckpointWriter(args.output_dir, keep=args.keep)
+        self.curves = RunCurves(args.output_dir, tensorboard=args.tensorboard, first_epoch=first)
+        state.best = best_so_far(state.best, args.resume, args.output_dir)
 
     @property
     def is_over(self) -> bool:
-        """Whether all epochs are done."""
-        return not self.line and self.progress.epoch >= self.args.epochs
+        """Whether all epochs are trained and validated."""
+        return self.state.progress.epoch >= self.args.epochs and not self.state.unvalidated
 
-    def train_epoch(self) -> None:
-        """Train the epoch, or the rest of it, up to its validation; leaves if asked to."""
+    def begin_epoch(self) -> None:
+        """Exit with the run saved where a signal has asked to stop."""
+        if self.stop.asked(at_once=True):
+            self.exit_stopped()
         self._started = time.perf_counter()
-        if self.line:
-            return
-        epoch, batches = self.progress.epoch, self.loader.batch_sampler
-        batches.epoch, batches.first_step = epoch, self.progress.step
-        figures = self._one_epoch(begun=self.begun, after_step=self._after_step)
-        if figures is None:
-            self.leave()
-        self.begun = None
-        self.line = {"epoch": epoch} | figures | {"samples": self.progress.samples}
-        self.line |= counts(batches, figures["quarantined"])
 
-    def _after_step(self, sums: EpochSums) -> bool:
+    def after_step(self, sums: EpochSums) -> bool:
         """Save where --save_every says so; whether to stop here."""
         self._steps += 1
         if self.stop.asked():
-            self.begun = sums.state()
+            self.state.in_epoch = sums.state_dict()
             return True
         if self.args.save_every and self._steps % self.args.save_every == 0:
-            state = partial(self._state, begun=sums.state())
-            self.folder.save(state, as_best=False, may_skip=False)
+            self.state.in_epoch = sums.state_dict()
+            self.writer.save(self.state.state_dict, as_best=False, may_skip=False)
         return False
 
-    def close_epoch(self) -> None:
-        """Validate, log and save the epoch that `line` is of; leaves if asked to before it ends."""
-        job, line, best = self.job, dict(self.line), self.best
-        processes.broadcast_buffers(job.model)
-        processes.check_same_weights(job.model, line["epoch"])
+    def end_training(self, figures: dict[str, Any] | None) -> None:
+        """Keep an epoch's figures until it is validated; exit if a signal stopped it early."""
+        if figures is None:
+            self.exit_stopped()
+        self.state.unvalidated = figures | counts(self.loader.batch_sampler, figures["unreadable"])
+        processes.broadcast_buffers(self.task.model)
+        processes.check_same_weights(self.task.model, figures["epoch"])
+
+    def validate(self) -> dict[str, Any] | None:
+        """The scores of the epoch on the held-out cases, None without any; exits if asked to."""
         if self.stop.asked(at_once=True):
-            self.leave()
+            self.exit_stopped()
+        scores = None
+        if self.task.val_loader:
+            with self.state.average.in_use():
+                scores = self.task.validate(Watched(self.task.val_loader, self.stop))
+        if self.stop.agreed:  # perhaps within the validation, which is then incomplete
+            self.exit_stopped()
+        return scores
+
+    def save_epoch(self, scores: dict[str, Any] | None) -> None:
+        """Log, draw, print and save an epoch; as best.pth too, if it has the best score so far."""
+        state, best = self.state, self.state.best
+        line, state.unvalidated = dict(state.unvalidated), None
         score = None
-        if job.validate:
-            with self.average.in_use():
-                line["val"] = job.validate(partial(Watched, stop=self.stop))
-            score = line["val"]["mean_dice"]
-        if self.stop.agreed:  # perhaps within the validation, which then is worth nothing
-            self.leave()
-        self.line = None
+        if scores:
+            line["val"], score = scores, scores["mean_dice"]
         is_best = best["epoch"] is None or rank_score(score) > rank_score(best["mean_dice"])
-        if is_best or not job.validate:
+        if is_best or not scores:
             best.update(epoch=line["epoch"], mean_dice=score)
         self.folder.log(line)
         self.curves.add(line, last=self.is_over)
-        figures = job.shown(line["val"]) if job.validate else {}
+        figures = self.task.scores_to_print(scores) if scores else {}
         seconds = time.perf_counter() - self._started
-        say(one_line(line, figures, seconds, is_best=is_best))
-        self.folder.save(
-            self._state,
-            as_best=is_best or not job.validate,
-            may_skip=not (is_best and job.validate) and not self.is_over,
+        say(epoch_line(line, figures, seconds, is_best=is_best))
+        self.writer.save(
+            state.state_dict,
+            as_best=is_best or not scores,
+            may_skip=not (is_best and scores) and not self.is_over,
         )
 
-    def leave(self) -> NoReturn:
-        """Save where the run stands, wait for the disk and for all processes, end with STOPPED."""
-        state = partial(self._state, begun=self.begun, line=self.line)
-        self.folder.save(state, as_best=False, may_skip=False)
-        self.folder.finish()
+    def finish(self) -> None:
+        """Return when all checkpoints are on the disk; say where they are."""
+        self.writer.finish()
+        say(f"best.pth, last.pth and log.jsonl in {self.args.output_dir}")
+
+    def exit_stopped(self) -> NoReturn:
+        """Save, wait for the disk and for all processes, and exit with code STOPPED."""
+        state, folder = self.state, self.args.output_dir
+        self.writer.save(state.state_dict, as_best=False, may_skip=False)
+        self.writer.finish()
         self.stop.wait_for_all()
-        epoch, step = self.progress.epoch, self.progress.step
-        where = f"within epoch {epoch}, after {step} batches" if step else f"before epoch {epoch}"
-        if self.line:
+        epoch, step = state.progress.epoch, state.progress.step
+        where = f"in epoch {epoch} after {step} batches" if step else f"before epoch {epoch}"
+        if state.unvalidated:
             where = f"before the validation of epoch {epoch - 1}"
-        say(f"stopped as asked {where}: last.pth in {self.args.output_dir} goes on there")
+        say(f"stopped by a signal {where}; resume with --resume {folder / 'last.pth'}")
         sys.exit(STOPPED)
 
 
-def training_loader(args: Namespace, precision: Precision, job: Job) -> DataLoader:
-    """What hands out the training batches, after the model was made ready for them."""
-    data = Quarantine(job.data)
+def prepare_model(args: Namespace, precision: Precision, task: Task) -> None:
+    """Let the task's model be recomputed in backward or compiled, as the flags say."""
     if args.checkpoint_activations:
-        recompute_activations(job.model)
+        checkpoint_activations(task.model)
     if should_compile(args.compile, args.model, precision.device):
-        sample = {key: value for key, value in data[0, 0].items() if key != UNREADABLE}
-        samples = [sample] * min(args.batch_size, len(data))
-        compile_training(job.model, job.step, samples, precision)
-    batches = TrainingBatches(len(data), args.batch_size, args.seed, job.balanced)
-    return loader_for(data, args.num_workers, batch_sampler=batches, collate_fn=collate)
+        sample = SkipUnreadable(task.train_data)[0, 0]
+        sample.pop(UNREADABLE, None)
+        samples = [sample] * min(args.batch_size, len(task.train_data))
+        compile_training(task.model, task.step, samples, precision)
 
 
-def recipe_of(args: Namespace, job: Job) -> engine.Recipe:
-    """What the flags say about training on the samples of `job`."""
-    total = args.epochs * len(job.data)
-    return engine.Recipe(
+def recipe_of(args: Namespace, task: Task) -> Recipe:
+    """What the flags say about training an epoch of the task."""
+    num_samples = len(task.train_data)
+    total = args.epochs * num_samples
+    return Recipe(
         seed=args.seed,
         total_samples=total,
         warmup_samples=warmup_length(total, args.epochs) if args.warmup else 0,
         accumulation_steps=args.accumulation_steps,
         clip_max_norm=args.clip_max_norm,
-        decay_at=job.decay_at,
-        most_unreadable=most_unreadable(len(job.data)),
+        decay_at=task.decay_at,
+        most_unreadable=max_unreadable(num_samples),
     )
 
 
-def counts(batches: TrainingBatches, unreadable: int) -> dict[str, int]:
-    """What became of the samples listed: seen, quarantined, or skipped with the incomplete step."""
-    places = len(batches) * batches.samples_per_step
+def counts(batches: Any, unreadable: int) -> dict[str, int]:
+    """Samples of an epoch: listed, seen, and skipped with its incomplete last step.
+
+    Together with the unreadable ones, those seen and skipped are all that are listed.
+    """
+    in_steps = len(batches) * batches.samples_per_step
     return {
         "listed": batches.num_samples,
-        "seen": places - unreadable,
-        "skipped": batches.num_samples - places,
-        "quarantined": unreadable,
+        "seen": in_steps - unreadable,
+        "skipped": batches.num_samples - in_steps,
     }
 
 
-@contextmanager
-def blamed_on(path: Path | None) -> Iterator[None]:
-    """A context in which what a checkpoint lacks or holds in another form is a ValueError."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        if path is None:
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"{path}: its training state is not as u-sam.py writes it ({reason:.100})"
-        ) from error
-
-
-def check_saved(args: Namespace, saved: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Say in what this run differs from the one that `saved` is of.
-
-    Raises ValueError if that changes the result and --override was not given, or if training
-    cannot go on from `saved`.
-    """
-    if "optimizer" not in saved:
-        raise ValueError(
-            f"{args.resume} holds weights only; go on from last.pth, or evaluate it with --eval"
-        )
-    before = {"arguments": saved["args"], "data": saved["data"], **saved.get("manifest", {})}
-    decisive = flags.DEFAULTS[args.model].keys() - flags.NOT_DECISIVE
-    result, rest = manifest.differences(before, facts, decisive)
-    if result and not args.override:
-        raise ValueError(
-            f"{args.resume} was trained otherwise: {'; '.join(result)}; leave that as it was, or "
-            "give --override to go on with it"
-        )
-    if result:
-        say(f"--override: goes on, and the result changes: {'; '.join(result)}")
-    if rest:
-        say(f"otherwise than before: {'; '.join(rest)}")
-
-
-def restore(
-    saved: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """Put optimizer, scaler and random generators where `saved` has them; rates as in the flags."""
-    given = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, (rate, decay) in zip(optimizer.param_groups, given, strict=True):
-        group.update(base_lr=rate, weight_decay=decay)  # of this run, as given or as saved
-    if saved["scaler"]:  # empty unless it was float16 that was trained with
-        scaler.load_state_dict(saved["scaler"])
-    checkpoint.restore_random_state(saved["rng"])
-
-
-def one_line(
-    line: Mapping[str, Any], figures: Mapping[str, float | None], seconds: float, *, is_best: bool
+def epoch_line(
+    line: Mapping[str, Any], scores: Mapping[str, float | None], seconds: float, *, is_best: bool
 ) -> str:
-    """An epoch's figures for the terminal; `line` as in log.jsonl, `figures` its scores by name."""
+    """An epoch's figures for the terminal; `line` as in log.jsonl, `scores` by name."""
     loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
     text = f"epoch {line['epoch']}: loss {loss}"
-    if figures:
-        shown = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+    if scores:
+        shown = [f"{name} {value:.3f}" for name, value in scores.items() if value is not None]
         source = f" (prompts: {line['val']['prompts']})" if "prompts" in line["val"] else ""
         text += f", validation Dice{source} " + ", ".join(shown)
         text += " (best)" if is_best else ""
     if line["skipped_steps"]:
-        text += f", {line['skipped_steps']} steps left out (gradients not finite)"
-    if line["quarantined"]:
-        text += f", {line['quarantined']} samples unreadable"
+        text += f", {counted(line['skipped_steps'], 'step')} skipped (gradients not finite)"
+    if line["unreadable"]:
+        text += f", {counted(line['unreadable'], 'sample')} unreadable"
     return text + f", {seconds:.0f} s"

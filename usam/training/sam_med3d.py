@@ -1,88 +1,123 @@
-"""SAM-Med3D's half of u-sam.py: volumes and clicks where the other half has slices and labels.
-
-u-sam.py calls `run_volumes` for --model sam-med3d and lends it the epoch loop. This file alone,
-beside u-sam.py, sees both `dataset` and `usam`, and the flags.
-"""
+"""SAM-Med3D's training: its objects in volumes, model, click rounds and validation."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from dataset import VolumeStore, build_volumes, open_volumes
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dataset import VolumeDataset, VolumeStore, build_volumes, open_volumes
 from dataset.crops import normalise
-from usam.evaluation import clicks as evaluation
-from usam.models.sam_med3d import SamMed3d
+from usam.evaluation.clicks import click_dice, crops_to_device
+from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.models.size import count_parameters, multiply_accumulates
-from usam.prediction import volumes
 from usam.runtime import processes
-from usam.runtime.loaders import evaluation_loader
+from usam.runtime.loaders import Batch, evaluation_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
-from usam.training import checkpoint
-from usam.training import clicks as clicks3d
-from usam.training.job import Job, Summary, Watch
+from usam.training.checkpoint import seed_generators
+from usam.training.losses import dice_bce_loss
 from usam.weights.sam_med3d import load_or_initialize
 
-Saved = dict[str, Any] | None
-Train = Callable[[Namespace, Precision, Job, Saved], None]
+CHOICES = {  # where published training and inference disagree; a checkpoint keeps them
+    "prompt_mode": "clicks",
+    "clicks": "accumulate",
+    "threshold": THRESHOLD,
+}
 
 
-def run_volumes(args: Namespace, precision: Precision, saved: Saved, train: Train) -> None:
-    """Training with `train`, evaluation or prediction, as the flags say."""
-    checkpoint.seed_generators(args.seed)
-    if args.predict:
-        volumes.predict(args, precision, saved)
-        return
-    model = load_or_initialize(args, saved)
-    model.to(precision.device)
-    with processes.main_process_first():
-        store = open_volumes(args.dataset, args.data_root)
-    for line in store.dropped:
-        say(f"left out: {line}")
-    if args.eval:
-        evaluation.evaluate(args, precision, saved)
-    else:
+class SamMed3dTask:
+    """Training SAM-Med3D on objects of volumes; attributes and methods as USamTask's."""
+
+    decay_at = (0.6, 0.9)  # of the training: epochs 120 and 180 of 200, as published
+    balanced = None
+
+    def __init__(self, args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
+        self.args, self.precision = args, precision
+        seed_generators(args.seed)
+        self.model = load_or_initialize(args, saved).to(precision.device)
+        with processes.main_process_first():
+            store = open_volumes(args.dataset, args.data_root)
+        for line in store.dropped:
+            say(f"left out: {line}")
         if saved and args.classes is None:
             args.classes = saved["data"].get("trained_classes")
-        train(args, precision, volumes_job(args, precision, model, store), saved)
+        self.train_data = load_split(args, "train", self.model, store)
+        self.val_data = load_split(args, "val", self.model, store)
+        loading = {"num_workers": args.num_workers, "batch_size": args.batch_size}
+        self.val_loader = evaluation_loader(self.val_data, **loading) if self.val_data else None
+        self.info = self.train_data.info | self.model.config | CHOICES
+        self.info |= {"trained_classes": args.classes}
+        self.step = ClickStep(precision.device, args.rounds)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's parameter groups with the learning rates of the flags."""
+        return self.model.parameter_groups(self.args.lr_vit, self.args.lr)
 
-# ------------------------------------------------------------------ training
-
-
-def volumes_job(args: Namespace, precision: Precision, model: SamMed3d, store: VolumeStore) -> Job:
-    """SAM-Med3D's training on the objects of `store`, with held-out ones to choose the best by."""
-    train, val = (objects_of(args, split, model, store) for split in ("train", "val"))
-    parts = {name: list(part.parameters()) for name, part in model.named_children()}
-    arithmetic = multiply_accumulates(model.image_encoder, 1, 1, *3 * [model.side]) / 1e9
-    say(f"{count_parameters(parts)}; {arithmetic:.1f} G multiply-accumulates to encode a crop")
-    say(f"{args.dataset}: objects of {len(train.case_ids)} "
-        f"cases to train on, {len(val)} objects of {len(val.case_ids)} to validate on")  # fmt: skip
-    if not len(val):
-        say("too few training cases to set some aside: best.pth holds the last epoch")
-    how = {"num_workers": args.num_workers, "batch_size": args.batch_size}
-    validation = evaluation_loader(val, **how)
-
-    def validate(watch: Watch) -> Summary:
-        return evaluation.click_dice(
-            model, watch(validation), normalise=normalise, precision=precision, seed=args.seed
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Dice after 1, 3, 5 and 10 clicks on the crops of `batches`, of all processes."""
+        return click_dice(
+            self.model, batches, normalise=normalise, precision=self.precision, seed=self.args.seed
         )
 
-    return Job(
-        model=model,
-        groups=model.parameter_groups(args.lr_vit, args.lr),
-        data=train,
-        step=clicks3d.click_step(normalise, precision.device, args.rounds),
-        validate=validate if len(val) else None,
-        shown=lambda summary: summary["dice"],
-        info=train.info | model.config | clicks3d.CHOICES | {"trained_classes": args.classes},
-        decay_at=clicks3d.DECAY_AT,
-    )
+    def scores_to_print(self, summary: dict[str, Any]) -> dict[str, float | None]:
+        """The scores of `validate` for an epoch's line, by name."""
+        return summary["dice"]
+
+    def describe(self) -> None:
+        """Print the sizes of model and data, and how the best epoch is chosen."""
+        parts = {name: list(part.parameters()) for name, part in self.model.named_children()}
+        volume = 1, 1, *3 * [self.model.side]
+        arithmetic = multiply_accumulates(self.model.image_encoder, *volume) / 1e9
+        say(f"{count_parameters(parts)}; {arithmetic:.1f} G multiply-accumulates to encode a crop")
+        train, val = self.train_data, self.val_data
+        say(f"{self.args.dataset}: objects of {len(train.case_ids)} cases to train on, "
+            f"{len(val)} objects of {len(val.case_ids)} to validate on")  # fmt: skip
+        if not val:
+            say("too few training cases to set some aside: best.pth holds the last epoch")
 
 
-def objects_of(args: Namespace, split: str, model: SamMed3d, store: VolumeStore) -> Any:
+@dataclass(frozen=True)
+class ClickStep:
+    """SAM-Med3D's training step: rounds of simulated clicks inside the model's forward, then loss.
+
+    The clicks are drawn by `usam.models.prompts.next_clicks`, `rounds` of them for each object.
+    """
+
+    device: torch.device
+    rounds: int
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The batch's loss; all that is random comes from `generator`."""
+        volume, mask = crops_to_device(batch, normalise, self.device)
+        logits = model(volume, mask, generator, num_rounds=self.rounds)
+        return rounds_loss(getattr(model, "module", model), logits, mask)
+
+
+def rounds_loss(model: SamMed3d, logits: Tensor, mask: Tensor) -> Tensor:
+    """Dice and cross-entropy at full size, summed over the rounds as published.
+
+    logits (N, rounds, s, s, s) of low resolution; mask (N, 1, S, S, S). One round is upscaled at a
+    time and again in the backward pass, so that full size is never held for all of them.
+    """
+
+    def one_round(answer: Tensor) -> Tensor:
+        return dice_bce_loss(model.upscale(answer.float()), mask)
+
+    answers = logits.split(1, dim=1)
+    losses = [
+        checkpoint(one_round, answer, use_reentrant=False, preserve_rng_state=False)
+        for answer in answers
+    ]
+    return torch.stack(losses).sum()
+
+
+def load_split(args: Namespace, split: str, model: SamMed3d, store: VolumeStore) -> VolumeDataset:
     """The objects of a split, of the classes that --classes names."""
     return build_volumes(
         args.dataset, split, side=model.side, seed=args.seed, val_fraction=args.val_fraction,

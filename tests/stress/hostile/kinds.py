@@ -40,8 +40,8 @@ from tests.stress.saves import small_model, small_state
 from usam.models.sam_med3d import build_sam_med3d
 from usam.models.usam import build_usam
 from usam.prediction.prompts import read_prompts, slice_prompts_of, volume_prompts_of
-from usam.training.engine import Progress
-from usam.training.run import blamed_on, restore
+from usam.training.checkpoint import TrainingState, checkpoint_errors
+from usam.training.ema import WeightAverage
 from usam.weights.sam_med3d import load_sam_med3d_checkpoint
 from usam.weights.state_dict import load_model_state
 from usam.weights.torch_files import read_tensors
@@ -105,9 +105,11 @@ def taken_up(path: Path) -> dict[str, Any]:
     """Our checkpoint as a run takes it up: weights, optimizer, random state, position."""
     saved, model = read_checkpoint(path), small_model(0)
     load_model_state(model, saved["model"], path)
-    with blamed_on(path):
-        restore(saved, one_group(model), FLOAT32.scaler())
-    return vars(Progress(**saved["progress"])) | dict(saved["best"])
+    average = WeightAverage(model, 0.0)
+    state = TrainingState(model, one_group(model), FLOAT32.scaler(), average, facts={})
+    with checkpoint_errors(path):
+        state.load_state_dict(saved)
+    return vars(state.progress) | state.best
 
 
 def stretched(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,10 +19,11 @@ from usam.evaluation.clicks import answers_to_clicks, click_dice, click_generato
 from usam.models.sam_med3d import SamMed3d, Size
 from usam.runtime import processes
 from usam.runtime.samplers import EvaluationShard
-from usam.training.clicks import click_step, rounds_loss
-from usam.training.engine import Progress, Recipe
+from usam.training.checkpoint import Progress
+from usam.training.engine import Recipe
 from usam.training.losses import dice_bce_loss
-from usam.training.schedule import learning_rate_factor
+from usam.training.optimizer import learning_rate_factor
+from usam.training.sam_med3d import ClickStep, rounds_loss
 
 SIDE = 32
 
@@ -81,7 +82,7 @@ def test_training_lowers_the_loss_and_reaches_every_trained_weight() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     losses = []
     for _ in range(6):
-        line = train(model, data, optimizer, step=click_step(normalise, CPU, 4), progress=progress)
+        line = train(model, data, optimizer, step=ClickStep(CPU, 4), progress=progress)
         losses.append(line["loss"])
     assert losses[-1] < 0.8 * losses[0]
     after = dict(model.named_parameters())
@@ -149,7 +150,7 @@ def weights_after_epochs(num_batches: int, accumulation: int) -> list[list[float
     for _ in range(2):
         data.batch_sampler.epoch = progress.epoch
         train(
-            wrapped, data, optimizer, step=click_step(normalise, CPU, 2), progress=progress,
+            wrapped, data, optimizer, step=ClickStep(CPU, 2), progress=progress,
             recipe=Recipe(seed=5, total_samples=100, accumulation_steps=accumulation),
         )  # fmt: skip
         digests.append([float(p.detach().double().sum()) for p in model.parameters()])
@@ -195,7 +196,7 @@ def test_any_number_of_batches_trains_with_published_accumulation(num_batches: i
     progress = Progress()
     train(
         model, training_loader(Balls(num_batches), 1), optimizer, progress=progress,
-        step=click_step(normalise, CPU, 1),
+        step=ClickStep(CPU, 1),
         recipe=Recipe(seed=5, total_samples=100, accumulation_steps=20),
     )  # fmt: skip
     assert len(steps) == -(-num_batches // 20)

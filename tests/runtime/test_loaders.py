@@ -1,4 +1,4 @@
-"""Training samples that cannot be read: left out, said and counted, and too many end the run."""
+"""Training samples that cannot be read: skipped, reported and counted; too many end the run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from dataset.store.slices import SliceStore
 from tests.helpers.command import TRAINED, assert_refused, run
 from tests.helpers.layouts import slice_store
 from tests.helpers.toy import Slices, Toy, one_group, train
-from usam.runtime.loaders import loader_for
-from usam.runtime.samplers import TrainingBatches
-from usam.training.engine import Progress, Recipe
-from usam.training.quarantine import UNREADABLE, Quarantine, collate, most_unreadable
+from usam.runtime.loaders import (
+    UNREADABLE,
+    SkipUnreadable,
+    collate,
+    max_unreadable,
+    training_loader,
+)
+from usam.training.checkpoint import Progress
+from usam.training.engine import Recipe
 
 
 class Holes(Slices):
@@ -33,7 +38,7 @@ class Holes(Slices):
 
 
 def test_the_next_readable_sample_stands_in_and_says_why() -> None:
-    data = Quarantine(Holes(200, {5, 6, 199}))
+    data = SkipUnreadable(Holes(200, {5, 6, 199}))
     assert (data[5, 0]["id"], data[5, 0][UNREADABLE]) == ("slice7", "slice5 is gone")
     assert (data[199, 0]["id"], data[199, 0][UNREADABLE]) == ("slice0", "slice199 is gone")
     assert UNREADABLE not in data[4, 0]
@@ -41,24 +46,24 @@ def test_the_next_readable_sample_stands_in_and_says_why() -> None:
     assert (batch["id"], batch[UNREADABLE]) == (["slice4", "slice7"], ["slice5 is gone"])
     assert collate([data[4, 0]]).keys() == {"image", "mask", "id"}
     with pytest.raises(FileNotFoundError, match="is gone"):
-        Quarantine(Holes(200, set(range(10))))[0, 0]
+        SkipUnreadable(Holes(200, set(range(10))))[0, 0]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_epoch_counts_them_and_too_many_are_an_error(num_workers: int, capsys: Any) -> None:
-    assert [most_unreadable(number) for number in (1, 99, 250)] == [1, 1, 2]
+    assert [max_unreadable(number) for number in (1, 99, 250)] == [1, 1, 2]
 
     def epoch(most: int) -> dict[str, Any]:
-        data = Quarantine(Holes(300, {3, 70}))
-        loader = loader_for(
-            data, num_workers, batch_sampler=TrainingBatches(300, 20, 5), collate_fn=collate
-        )
+        data = Holes(300, {3, 70})
+        loader = training_loader(data, batch_size=20, num_workers=num_workers, seed=5)
         model, recipe = Toy(), Recipe(seed=5, total_samples=300, most_unreadable=most)
         return train(model, loader, one_group(model), recipe=recipe, progress=Progress())
 
-    assert epoch(2)["quarantined"] == 2
-    assert "warning: a training sample is left out: slice70 is gone" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"2 training samples .* over the 1 allowed.*is gone"):
+    assert epoch(2)["unreadable"] == 2
+    assert (
+        "warning: skipped an unreadable training sample: slice70 is gone" in capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=r"2 training samples .* 1 allowed.*is gone"):
         epoch(1)
 
 
@@ -73,12 +78,12 @@ def test_a_run_logs_the_counts_and_goes_on(
     # Three of fifteen slices are too many for what a hundred would forgive.
     assert_refused(run(capsys, *flags), path.name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("usam.training.quarantine.SHARE", 0.3)
+        patch.setattr("usam.runtime.loaders.UNREADABLE_SHARE", 0.3)
         result = run(capsys, *flags)
     assert result.code == 0, result.err
     for line in map(json.loads, (folder / "log.jsonl").open()):
-        assert line["seen"] + line["skipped"] + line["quarantined"] == line["listed"] == 15
-        assert (line["skipped"], line["quarantined"] > 0) == (3, True)
+        assert line["seen"] + line["skipped"] + line["unreadable"] == line["listed"] == 15
+        assert (line["skipped"], line["unreadable"] > 0) == (3, True)
 
 
 def test_a_file_cut_while_it_is_mapped_is_an_error_and_not_the_end(tmp_path: Path) -> None:

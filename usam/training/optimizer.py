@@ -1,11 +1,30 @@
-"""The learning rate as a function of the samples seen, with no state of its own.
-
-The engine asks for the factor before each optimizer step and multiplies every group's rate by it.
-"""
+"""AdamW over parameter groups, and its learning rates as a function of the samples seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def build_optimizer(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over parameter groups whose "lr" is the learning rate before any schedule.
+
+    The fused implementation: one pass over the weights, and it can skip a step on the device.
+    """
+    groups = [group | {"base_lr": group["lr"]} for group in groups]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group's learning rate to `factor` times its rate before the schedule.
+
+    Returns the first group's rate.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
 
 
 def warmup_length(total: int, epochs: int) -> int:

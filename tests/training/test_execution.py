@@ -14,14 +14,13 @@ import torch
 from dataset.transforms import augment
 from usam.models.usam import build_usam
 from usam.runtime.precision import Precision
-from usam.training.compilation import compile_training, should_compile
-from usam.training.engine import segmentation_step
-from usam.training.recomputation import recompute_activations
+from usam.training.execution import checkpoint_activations, compile_training, should_compile
+from usam.training.usam import SegmentationStep
 
 CPU = torch.device("cpu")
 FLOAT = Precision(CPU, None)
 COMPILE = torch.nn.Module.compile
-STEP = segmentation_step(augment, 0, CPU)
+STEP = SegmentationStep(CPU, augment)
 
 
 def samples(number: int = 2) -> list[dict]:
@@ -80,7 +79,7 @@ def test_compiling_leaves_weights_and_statistics_alone(stance, monkeypatch):
 def test_recomputing_gives_the_same_gradients(dtype):
     plain = build_usam("vit_tiny", 3, 32)
     again = copy.deepcopy(plain)
-    recompute_activations(again)
+    checkpoint_activations(again)
     assert list(plain.state_dict()) == list(again.state_dict())
     image, mask = torch.rand(2, 1, 32, 32), torch.randint(0, 3, (2, 32, 32))
     for model in (plain, again):
@@ -94,7 +93,7 @@ def test_recomputing_gives_the_same_gradients(dtype):
 
 def test_recomputing_saves_little_but_each_blocks_input():
     model = build_usam("vit_tiny", 3, 64)
-    recompute_activations(model)
+    checkpoint_activations(model)
     tokens = torch.rand(2, 4, 4, 96)
     saved = []
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -109,6 +108,6 @@ def test_recomputing_saves_little_but_each_blocks_input():
 def test_recomputing_does_not_change_evaluation():
     plain = build_usam("vit_tiny", 3, 32).eval()
     again = copy.deepcopy(plain)
-    recompute_activations(again)
+    checkpoint_activations(again)
     image = torch.rand(1, 1, 32, 32)
     assert torch.equal(plain(image), again(image))

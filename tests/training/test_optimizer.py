@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from usam.training.schedule import learning_rate_factor, warmup_length
+from usam.training.optimizer import learning_rate_factor, warmup_length
 
 
 @pytest.fixture(scope="module")
