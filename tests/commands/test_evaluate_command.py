@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from dataset.files import write_json
 from dataset.splits import split_table
@@ -86,19 +87,38 @@ def test_evaluation_writes_scores_where_they_were_and_a_report(
     assert (again["dice"], again["counts"]) == (found["dice"], found["counts"])
 
 
-def test_a_warning_names_how_the_slices_are_preprocessed_differently(
+def test_differently_prepared_slices_are_refused_or_named_in_the_report(
     store: Path, runs: Path, tmp_path: Path, capsys: Any
 ) -> None:
     other = shutil.copytree(store, tmp_path / "other")
     index = json.loads((other / "index.json").read_text(encoding="utf-8"))
     index["window"], index["classes"][1]["name"] = [-100, 300], "bowel"
     (other / "index.json").write_text(json.dumps(index), encoding="utf-8")
-    result = run(capsys, *evaluation(other, tmp_path / "out", runs / "fold0" / "best.pth"))
+    arguments = evaluation(other, tmp_path / "out", runs / "fold0" / "best.pth")
+    wanted = ("window [-100, 300] (checkpoint: [-160, 240])", "bowel")
+    assert_refused(run(capsys, *arguments), *wanted, "--override")
+    result = run(capsys, *arguments, "--override")
     assert result.code == 0, result.err
-    (line,) = [line for line in result.out.splitlines() if line.startswith("warning")]
-    assert "window [-100, 300] (was [-160, 240])" in line
-    assert "bowel" in line
-    assert "clahe" not in line
+    (note, *_) = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))["notes"]
+    for text in (result.out, note, (tmp_path / "out" / "report" / "classes.md").read_text("utf-8")):
+        assert all(part in text for part in wanted)
+        assert "clahe" not in text
+
+
+def test_answers_that_are_not_finite_are_an_error_that_names_the_slice(
+    store: Path, runs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    saved = torch.load(runs / "fold0" / "best.pth", weights_only=True)
+    name = next(
+        name
+        for name in saved["model"]
+        if name.endswith("output_hypernetworks_mlps.0.layers.0.weight")
+    )
+    saved["model"][name].fill_(3e38)  # finite, unlike its product with anything
+    torch.save(saved, tmp_path / "huge.pth")
+    result = run(capsys, *evaluation(store, tmp_path / "out", tmp_path / "huge.pth"))
+    assert_refused(result, "slice test0", "not finite")
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_folds_are_evaluated_on_their_own_cases_and_merged(

@@ -116,7 +116,7 @@ def evaluate_cases(
     loader = loader_for(data, num_workers, sampler=shard, batch_size=batch_size)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         cases = CaseCollector(data, shard.indices, spacings=spacings, run=pool.map)
-        counts = count_pixels(model, loader, each=cases.add, **how)
+        counts = count_pixels(model, loader, each=cases.add, require_finite=True, **how)
         cases.finish()
     found = json.dumps({"cases": cases.scored, "worst": cases.pictures()}, allow_nan=False)
     parts = [json.loads(text) for text in gather_texts(found)]

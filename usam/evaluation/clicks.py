@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import build_volumes, open_volumes
+from dataset import VolumeStore, build_volumes, open_volumes
 from dataset.scans.volumes import SPACING
 from dataset.text import counted
+from usam.evaluation.checks import any_record, check_held_out, small_tolerances
 from usam.evaluation.click_report import (
     NUM_CLICKS,
     SCORES,
@@ -59,6 +60,7 @@ def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None
         Item(number, store.cases[number]["id"], label, store.classes[label])
         for number, label in data.objects
     ]
+    used, notes = check_fit(args, saved, items, store)
 
     def open_case(number: int) -> tuple[EmbeddingCache, np.ndarray]:
         image, label = store.read(number)
@@ -72,12 +74,26 @@ def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None
     facts = {
         "checkpoint": str(args.resume or args.sam_weight), "dataset": args.dataset,
         "split": "test", "cases": len(data.case_ids), "clicks": args.clicks,
+        "notes": notes, "held_out": used,
     }  # fmt: skip
     folder = args.output_dir
     summary = write_report(folder, items, scores, failed=failed, facts=facts)
     print(format_clicks(summary))
     print(f"scores: {folder / 'metrics.json'}, {folder / 'clicks.csv'}\n"
           f"curves: {folder / 'clicks.png'}")  # fmt: skip
+
+
+def check_fit(
+    args: Namespace, saved: dict[str, Any] | None, items: Sequence[Item], store: VolumeStore
+) -> tuple[dict[str, Any], list[str]]:
+    """How the cases were used in training, and notes, both for metrics.json."""
+    checkpoints = [(args.resume or args.sam_weight, saved or {"data": {}})]
+    digests = store.case_digests(item.case for item in items) if any_record(checkpoints) else {}
+    used, notes = check_held_out(checkpoints, digests, override=args.override)
+    notes += small_tolerances([(SPACING,)], [TOLERANCE])
+    for line in notes:
+        say(line)
+    return used, notes
 
 
 def evaluate_objects(

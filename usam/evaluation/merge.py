@@ -75,6 +75,7 @@ def merged(folders: Sequence[Path], seed: int) -> CaseReport:
         seed=seed,
         sources=sources,
         extra={FOLDERS: folder_table(parts, cases.in_mm, seed)},
+        notes=[f"{one.folder}: {note}" for one in parts for note in one.metrics.get("notes", ())],
     )
 
 

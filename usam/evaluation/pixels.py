@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dataset.text import printable
 from usam.evaluation.metrics import ClassCounts
 from usam.models.prompts import prompts_from_masks
 from usam.runtime.loaders import Batch, to_device
@@ -33,13 +34,17 @@ def count_pixels(
     points_are_row_col: bool = False,
     alter_prompts: AlterPrompts = lambda prompts, batch: prompts,
     each: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+    require_finite: bool = False,
 ) -> ClassCounts:
     """Pixel counts of every class over all samples of all processes.
 
     `model` is the plain module, not its DistributedDataParallel wrapper: shards differ in length.
-    `each` is called with every batch of this process and its logits (N, C, H, W).
+    `each` is called with every batch of this process and its logits (N, C, H, W). With
+    `require_finite` raises ValueError naming the first slice whose logits are not finite.
     """
     counts = ClassCounts(model.num_classes, precision.device)
+    slices: list[str] = []
+    finite: list[Tensor] = []  # read once at the end, so that a GPU is not waited for
     batches = predictions(
         model, loader, prompt_mode=prompt_mode, precision=precision,
         points_are_row_col=points_are_row_col, alter_prompts=alter_prompts,
@@ -47,6 +52,12 @@ def count_pixels(
     for batch, mask, _, logits in batches:
         counts.update(logits, mask)
         each(batch, logits)
+        if require_finite:
+            finite.append(logits.isfinite().flatten(1).all(dim=1))
+            slices += batch["id"]
+    if finite and not (found := torch.cat(finite)).all():
+        name = printable(slices[int(found.int().argmin())])
+        raise ValueError(f"slice {name}: the model's answer is not finite; check the checkpoint")
     counts.tensors.copy_(reduce_sum(counts.tensors))
     return counts
 

@@ -54,9 +54,8 @@ def sweep_prompts(
     for mode, jitter in progress_bar(ways, desc="prompts"):
         pixels = jitter_pixels(jitter, img_size)
         alter = partial(move_prompts, pixels=pixels, img_size=img_size, seed=seed)
-        counts = count_pixels(
-            model, loader, prompt_mode=mode, **how, **({"alter_prompts": alter} if pixels else {})
-        )
+        moved = {"alter_prompts": alter} if pixels else {}
+        counts = count_pixels(model, loader, prompt_mode=mode, require_finite=True, **how, **moved)
         found.append(Swept(mode, jitter, counts))
     return found
 

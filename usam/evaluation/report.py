@@ -111,7 +111,8 @@ def markdown(report: CaseReport) -> str:
     """classes.md: what was evaluated, classes by metric, then each class in full, and the rules."""
     facts = [f"- {name}: {value}" for name, value in report.facts.items()]
     pooled = report.counts.summary(report.classes)
-    blocks = ["# Scores by case", "\n".join(facts), "Mean ± standard deviation over cases."]
+    notes = ["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []
+    blocks = ["# Scores by case", "\n".join(facts), *notes, "Mean ± standard deviation over cases."]
     blocks.append(markdown_table(*overview(report)))
     for name in report.summary:
         blocks += [f"## {name}", markdown_table(*details(report, name))]
@@ -130,6 +131,7 @@ def web_page(report: CaseReport, cases: str, boxes: bytes) -> str:
     )
     return pages.get_template("report.html.j2").render(
         facts=report.facts,
+        notes=report.notes,
         overview=overview(report),
         pooled=pooled_table(report.counts.summary(report.classes)),
         extra=report.extra,

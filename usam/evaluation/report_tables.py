@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,8 @@ class CaseReport:
 
     facts: what was evaluated and how, by name. classes, colors: by label; class names are
     distinct. counts: of all pixels. seed: of the intervals. sources: by case, the folder it comes
-    from, where there are several. extra: further tables by title.
+    from, where there are several. extra: further tables by title. notes: sentences on how the
+    scores may be read.
     """
 
     facts: Mapping[str, Any]
@@ -34,6 +35,7 @@ class CaseReport:
     seed: int
     sources: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Table] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @cached_property
     def summary(self) -> dict[str, dict[str, Any]]:
@@ -49,6 +51,7 @@ class CaseReport:
             "per_case": {"unit": unit, "classes": self.summary, "worst": worst},
             "counts": self.counts.tensors.tolist(),
             "colors": self.colors,
+            "notes": [*self.notes],
         }
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from torch.utils.data import DataLoader, Subset
 from dataset import SliceDataset, build_dataset
 from dataset.palette import class_colors
 from usam.evaluation import report
-from usam.evaluation.cases import evaluate_cases
+from usam.evaluation.cases import evaluate_cases, known_spacings
+from usam.evaluation.checks import (
+    Checkpoint,
+    any_record,
+    check_held_out,
+    check_preparation,
+    small_tolerances,
+)
 from usam.evaluation.metrics import distinct
 from usam.evaluation.pixels import PROMPT_SOURCES, predictions
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
@@ -24,51 +31,87 @@ from usam.runtime.figures import save_overlay
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main, main_process_first, say
-from usam.weights.inference import answers_text, load_for_inference
-from usam.weights.usam import points_are_row_col
+from usam.weights.inference import answers_text, load_for_inference, read_members
 
 NUM_OVERLAYS = 8
-COMPARED = ("classes", "window", "orientation", "spacing", "clahe", "crop", "body_crop")
 
 
 def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
-    """Print and save the scores of `--resume`, pooled and by case, with pictures."""
-    data = open_data(args)
-    warn_of_preparation(args, saved, data)
-    model, row_col = load_for_inference(args, precision.device, saved, data.info["fold_digest"])
+    """Print and save the scores of `--resume`, pooled and by case, with pictures.
+
+    Raises ValueError where a checkpoint does not fit the data or was trained on them, and for
+    answers that are not finite.
+    """
+    data, members = open_data(args), read_members(args, saved)
+    used, notes = check_fit(args, data, members)
+    model, row_col = load_for_inference(
+        args, precision.device, saved, data.info["fold_digest"], members
+    )
     how = {"precision": precision, "points_are_row_col": row_col}
     load = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     prompted = how | {"prompt_mode": args.prompt_mode}
     spacing = args.spacing and tuple(args.spacing)
     counts, cases = evaluate_cases(model, data, spacing=spacing, **load, **prompted)
-    classes, swept = distinct(data.classes), []
+    swept = []
     if args.prompt_sweep:
         loader = evaluation_loader(data, **load)
         swept = sweep_prompts(model, loader, img_size=args.img_size, seed=args.seed, **how)
     if not is_main():
         return
-    facts = answers_text(args) | {
-        "dataset": args.dataset, "split": "test" if args.fold is None else f"fold {args.fold}",
-        "slices": len(data), "cases": len(data.case_ids),
-        "prompts": PROMPT_SOURCES[args.prompt_mode],
-    }  # fmt: skip
-    colors = class_colors(data.info["colors"], len(classes))
-    extra = {TITLE: sweep_table(swept, classes)} if swept else {}
-    made = CaseReport(facts, classes, colors, counts, cases, args.seed, extra=extra)
-    more = made.metrics | ({"prompt_sweep": sweep_facts(swept, classes)} if swept else {})
-    metrics = report.write_scores(args.output_dir, counts, classes, facts, more)
-    print(made.text)
-    if swept:
-        print(f"all pixels, by source of the prompts:\n{text_table(*extra[TITLE])}")
-    page = report.write_report(args.output_dir / "report", made)
+    classes = distinct(data.classes)
+    made = CaseReport(
+        facts=facts_of(args, data), classes=classes, counts=counts, cases=cases, seed=args.seed,
+        colors=class_colors(data.info["colors"], len(classes)), notes=notes,
+        extra={TITLE: sweep_table(swept, classes)} if swept else {},
+    )  # fmt: skip
+    more = {"held_out": used} | ({"prompt_sweep": sweep_facts(swept, classes)} if swept else {})
+    lines = save_scores(args.output_dir, made, more)
     chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
     overlays = draw_overlays(
         args.output_dir / "overlays", predictions(model, chosen, **prompted),
-        classes=classes, colors=colors, transpose=data.info["orientation"] == "stored",
+        classes=classes, colors=made.colors, transpose=data.info["orientation"] == "stored",
     )  # fmt: skip
-    print(f"scores: {metrics}\nreport: {page}")
     others = f", with {len(overlays) - 1} more beside it" if len(overlays) > 1 else ""
-    print(f"overlay: {overlays[0]}{others}")
+    print(f"{lines}\noverlay: {overlays[0]}{others}")
+
+
+def check_fit(
+    args: Namespace, data: SliceDataset, members: Sequence[Checkpoint]
+) -> tuple[dict[str, Any], list[str]]:
+    """How the cases were used in training, for metrics.json, and the notes of the report."""
+    notes = check_preparation(members, data.info, override=args.override)
+    used = {number for number, _ in data.slices}
+    digests = data.store.case_digests(used) if any_record(members) else {}
+    held_out, lines = check_held_out(members, digests, override=args.override)
+    notes += lines
+    spacings = known_spacings(data, args.spacing and tuple(args.spacing))
+    if spacings:
+        cases = data.store.cases
+        flat = {number for number in used if cases[number]["shape"][0] == 1}
+        notes += small_tolerances(spacings[n][n in flat :] for n in used)
+    for line in notes:
+        say(line)
+    return held_out, notes
+
+
+def facts_of(args: Namespace, data: SliceDataset) -> dict[str, Any]:
+    """What was evaluated and how, by name."""
+    split = "test" if args.fold is None else f"fold {args.fold}"
+    return answers_text(args) | {
+        "dataset": args.dataset, "split": split, "slices": len(data), "cases": len(data.case_ids),
+        "prompts": PROMPT_SOURCES[args.prompt_mode],
+    }  # fmt: skip
+
+
+def save_scores(folder: Path, made: CaseReport, more: dict[str, Any]) -> str:
+    """Print the scores, write metrics.json and report/; lines that name the files."""
+    metrics = report.write_scores(
+        folder, made.counts, made.classes, made.facts, made.metrics | more
+    )
+    print(made.text)
+    for title, table in made.extra.items():
+        print(f"{title}:\n{text_table(*table)}")
+    return f"scores: {metrics}\nreport: {report.write_report(folder / 'report', made)}"
 
 
 def open_data(args: Namespace) -> SliceDataset:
@@ -79,29 +122,6 @@ def open_data(args: Namespace) -> SliceDataset:
             img_size=args.img_size, seed=args.seed, val_fraction=args.val_fraction,
             input_mode=args.input, fold=args.fold,
         )  # fmt: skip
-
-
-def warn_of_preparation(args: Namespace, saved: dict[str, Any], data: SliceDataset) -> None:
-    """Say where `data` is prepared in another way than the slices `--resume` was trained on.
-
-    What a checkpoint does not hold is not compared, as the published ones' window and class names.
-    Raises ValueError if the number of classes differs.
-    """
-    trained = saved["data"]
-    if len(trained["classes"]) != len(data.classes):
-        raise ValueError(
-            f"{args.resume} was trained on {len(trained['classes'])} classes, "
-            f"--dataset {args.dataset} has {len(data.classes)}"
-        )
-    published = points_are_row_col(saved)
-    found = [
-        f"{name} {data.info[name]} (was {before})"
-        for name in (COMPARED if not published else ("orientation", "clahe"))
-        if name in trained and data.info[name] != (before := trained[name])
-    ]
-    if found:
-        say(f"warning: {args.resume} was trained on differently preprocessed slices: "
-            f"{'; '.join(found)}")  # fmt: skip
 
 
 def draw_overlays(

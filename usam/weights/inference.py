@@ -22,16 +22,26 @@ SHARED = {
 }  # fmt: skip
 
 
+def read_members(args: Namespace, saved: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """Path and content of --resume, `saved`, and of the checkpoints to average it with."""
+    others = [(path, averaged(read_checkpoint(path))) for path in args.ensemble or ()]
+    return [(args.resume, saved), *others]
+
+
 def load_for_inference(
-    args: Namespace, device: torch.device, saved: dict[str, Any], fold_digest: str | None = None
+    args: Namespace,
+    device: torch.device,
+    saved: dict[str, Any],
+    fold_digest: str | None = None,
+    members: Sequence[tuple[Path, dict[str, Any]]] | None = None,
 ) -> tuple[nn.Module, bool]:
     """The model that --eval and --predict use, and whether its points are (row, column).
 
     The model of --resume, `saved`, on `device`; or the average of several, or of the views of
     --tta. fold_digest: of the fold to evaluate, whose cases no model may have been trained on.
+    members: of `read_members`, if they were read before.
     """
-    members = [(args.resume, saved)]
-    members += [(path, averaged(read_checkpoint(path))) for path in args.ensemble or ()]
+    members = members or read_members(args, saved)
     check_members(members, args.fold if args.eval else None, fold_digest)
     models = []
     for path, content in members:
