@@ -109,11 +109,8 @@ def test_answers_that_are_not_finite_are_an_error_that_names_the_slice(
     store: Path, runs: Path, tmp_path: Path, capsys: Any
 ) -> None:
     saved = torch.load(runs / "fold0" / "best.pth", weights_only=True)
-    name = next(
-        name
-        for name in saved["model"]
-        if name.endswith("output_hypernetworks_mlps.0.layers.0.weight")
-    )
+    last = "output_hypernetworks_mlps.0.layers.0.weight"
+    (name,) = (name for name in saved["model"] if name.endswith(last))
     saved["model"][name].fill_(3e38)  # finite, unlike its product with anything
     torch.save(saved, tmp_path / "huge.pth")
     result = run(capsys, *evaluation(store, tmp_path / "out", tmp_path / "huge.pth"))
@@ -206,10 +203,10 @@ def test_the_sweep_over_prompts_is_printed_and_saved(
     ("arguments", "wanted"),
     [
         (["--resume", "a.pth", "b.pth"], ["--resume names 2 checkpoints", "--eval and --predict"]),
-        (["--spacing", "1", "1", "1"], ["--spacing belongs to --eval"]),
+        (["--spacing", "1", "1", "1"], ["--spacing needs --eval"]),
         (["--spacing", "1", "0", "1"], ["--spacing", "above 0"]),
-        (["--prompt_sweep"], ["--prompt_sweep belongs to --eval"]),
-        (["--tta", "flip"], ["--tta belongs to --eval and --predict"]),
+        (["--prompt_sweep"], ["--prompt_sweep needs --eval"]),
+        (["--tta", "flip"], ["--tta needs --eval or --predict"]),
         (["--tta", "turn"], ["--tta", "flip+rot"]),
         (["--merge", "a", "--eval", "--resume", "a.pth"], ["--merge reads what --eval wrote"]),
         (["--merge", "nowhere"], ["--merge: no nowhere/metrics.json"]),

@@ -78,16 +78,11 @@ def check_held_out(
                 f"evaluation: {names(used.trained_on)}; evaluate other cases, or pass --override"
             )
     lines = []
+    total = counted(len(digests), "case")
     if trained_on:
-        lines.append(
-            f"overridden: {counted(len(trained_on), 'case')} of {len(digests)} were trained on: "
-            f"{names(trained_on)}"
-        )
+        lines.append(f"overridden: trained on {len(trained_on)} of {total}: {names(trained_on)}")
     if chosen_by:
-        lines.append(
-            f"{counted(len(chosen_by), 'case')} of {len(digests)} also chose the best epoch: "
-            f"{names(chosen_by)}"
-        )
+        lines.append(f"best epoch chosen by {len(chosen_by)} of {total}: {names(chosen_by)}")
     if unknown:
         lines.append(
             f"unknown whether the cases were trained on: {', '.join(unknown)} has no record of its "
