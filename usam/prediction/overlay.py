@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from usam.runtime.figures import blend, save_figure
 
 MONTAGE = 9  # slices
 MOST_WANTED = 24  # slices with prompts that are drawn
-MARKS = {1: ("o", "#00ff00"), 0: ("X", "#ff3030")}  # a point's label: symbol and colour
+MARKS = {1: ("o", "point in the object"), 0: ("X", "point outside")}  # by a point's label
+MARK_STYLE = {"color": "white", "markeredgecolor": "black", "markersize": 7, "linestyle": "none"}
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def save_montage(
         axis.set_title(panel.title, fontsize=9, parse_math=False)
         _mark(axis, panel)
     present = sorted(set().union(*(np.unique(panel.labels) for panel in panels)) - {0})
-    if present:
-        handles = [Patch(color=colors[i], label=classes[i]) for i in present]
+    handles = [Patch(color=colors[i], label=classes[i]) for i in present]
+    handles += _mark_handles(panels)
+    if handles:
         legend = figure.legend(
             handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False
         )
@@ -91,16 +94,21 @@ def save_montage(
     save_figure(figure, path, dpi=110)
 
 
+def _mark_handles(panels: Sequence[Panel]) -> list[Line2D]:
+    """The legend of the points in the panels."""
+    used = sorted({label for panel in panels for *_, label in panel.points}, reverse=True)
+    symbols = [MARKS[label] for label in used]
+    return [Line2D([], [], marker=symbol, label=text, **MARK_STYLE) for symbol, text in symbols]
+
+
 def _mark(axis: Axes, panel: Panel) -> None:
     """Draw a panel's points and boxes."""
     for x, y, label in panel.points:
-        symbol, color = MARKS[label]
-        axis.plot(x, y, symbol, color=color, markersize=6, markeredgecolor="black")
+        axis.plot(x, y, marker=MARKS[label][0], **MARK_STYLE)
     for x1, y1, x2, y2 in panel.boxes:
-        axis.add_patch(
-            Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1 + 1, y2 - y1 + 1, fill=False,
-                      edgecolor=MARKS[1][1], linewidth=1.2)
-        )  # fmt: skip
+        sides = x2 - x1 + 1, y2 - y1 + 1
+        outline = Rectangle((x1 - 0.5, y1 - 0.5), *sides, fill=False, edgecolor="white", ls="--")
+        axis.add_patch(outline)
     height, width = panel.image.shape
     axis.set_xlim(-0.5, width - 0.5)
     axis.set_ylim(height - 0.5, -0.5)
