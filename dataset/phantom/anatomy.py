@@ -21,8 +21,9 @@ from dataset.parallel import default_workers
 from dataset.phantom.tissue import Patient, scanner_noise
 from dataset.prepare.folder import check_output, pack_all, sweep
 from dataset.prepare.sources import class_table
+from dataset.scans.find import SCAN_SUFFIXES, scan_stem
 from dataset.scans.orientation import SliceStack, to_canonical
-from dataset.scans.read import SCAN_SUFFIXES, read_label, scan_stem
+from dataset.scans.read import read_label
 from dataset.splits import held_out, split_table
 from dataset.store.folder import Entry
 from dataset.store.slices import write_case, write_index

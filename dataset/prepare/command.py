@@ -19,7 +19,7 @@ from dataset.parallel import default_workers
 from dataset.phantom import anatomy
 from dataset.prepare.folder import check_names, check_output, classes_seen, pack_all, sweep
 from dataset.prepare.packing import Job, Options, pack_case
-from dataset.prepare.sources import LAYOUTS, Source, find_source
+from dataset.prepare.sources import LAYOUTS, Source, find_source, with_series
 from dataset.prepare.summary import left_out_lines, summary_lines, volume_summary_lines
 from dataset.prepare.volume_sources import find_volumes
 from dataset.prepare.volumes import prepare_volumes
@@ -41,7 +41,15 @@ FLAGS_OF = {  # of a source, besides; folder has all but --min_volume
     "care": {"folds"},
     "anatomy": {"classes", "test_fraction"},
     "volumes": {
-        *("channel", "labels", "classes", "test_fraction", "ignore_label_affine", "min_volume"),
+        *(
+            "channel",
+            "series",
+            "labels",
+            "classes",
+            "test_fraction",
+            "ignore_label_affine",
+            "min_volume",
+        ),
     },
 }
 
@@ -86,6 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_case_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which cases there are, what their labels mean and who tests."""
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
+    parser.add_argument(
+        "--series", type=int, help="which of several DICOM series in a case's folder, from 1"
+    )
     parser.add_argument(
         "--labels", type=Path, help="folder, volumes: the labels, --input being the images"
     )
@@ -167,6 +178,7 @@ def _summary_from_flags(args: argparse.Namespace) -> list[str]:
         source = find_volumes(
             args.input, labels=args.labels, channel=args.channel, classes=args.classes
         )
+        source = with_series(source, args.series)
         index = prepare_volumes(
             source,
             args.output,
@@ -203,7 +215,7 @@ def _prepare_from_flags(args: argparse.Namespace) -> tuple[Entry, list[str]]:
         args.source, args.input, labels=args.labels, channel=args.channel, classes=args.classes
     )
     return prepare_scans(
-        source,
+        with_series(source, args.series),
         args.output,
         window=parse_window(args.window) if args.window else source.window,
         spacing=args.spacing,

@@ -18,6 +18,7 @@ import numpy as np
 
 from dataset.files import write_json
 from dataset.prepare.sources import CaseFiles
+from dataset.scans.find import files_of
 from dataset.scans.header import Scan
 from dataset.scans.in_plane import body_box, crop, resample_in_plane
 from dataset.scans.orientation import geometry_difference, to_canonical
@@ -74,7 +75,9 @@ def pack_case(job: Job) -> Entry:
         return entry
     if not job.options.ignore_label_affine:
         case = job.case
-        difference = geometry_difference(read_header(case.image), read_header(case.label))
+        difference = geometry_difference(
+            read_header(case.image, case.series), read_header(case.label)
+        )
         if difference:
             raise ValueError(
                 f"{case.label}: does not lie on {case.image.name}: {difference};"
@@ -98,7 +101,7 @@ def pack_case(job: Job) -> Entry:
 def _pack_image(job: Job) -> tuple[np.ndarray, dict[str, Any], Scan]:
     """uint8 slices, what the index keeps of them, and the scan's header with an empty array."""
     options = job.options
-    scan = read_scan(job.case.image, job.case.channel)
+    scan = read_scan(job.case.image, job.case.channel, job.case.series)
     volume = to_canonical(scan)
     limits = window_limits(volume.slices, options.window)
     box = body_box(volume.slices, options.window) if options.body_crop else None
@@ -113,8 +116,10 @@ def _pack_image(job: Job) -> tuple[np.ndarray, dict[str, Any], Scan]:
     volume = replace(volume, slices=apply_window(volume.slices, limits))
     if options.spacing:
         volume = resample_in_plane(volume, options.spacing)
-    if volume.affine is not None:
+    if volume.spacing is not None:
         facts |= {"spacing": list(volume.spacing), "affine": volume.affine.tolist()}
+    if scan.header.remarks:
+        facts["remarks"] = list(scan.header.remarks)
     return volume.slices, facts, Scan(np.empty(0), scan.header)
 
 
@@ -139,6 +144,8 @@ def _key(job: Job) -> str:
     """Hex digest of all that decides a case's bytes: its two sources and the options."""
     case = job.case
     settings = {**asdict(job.options), "split": case.split, "id": case.id, "channel": case.channel}
+    if case.series is not None:
+        settings["series"] = case.series
     digest = hashlib.sha256(f"{PACKING} {json.dumps(settings, sort_keys=True)}".encode())
     for path in (case.image, case.label):
         for block in file_blocks(path):
@@ -147,11 +154,8 @@ def _key(job: Job) -> str:
 
 
 def file_blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, or of a folder's files in order of name, with their sizes between."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
-            continue
+    """The bytes of all files of a scan, with their sizes between."""
+    for file in files_of(path):
         yield f"\0{file.stat().st_size}\0".encode()
         with file.open("rb") as stream:
             while block := stream.read(HASH_BYTES):

@@ -16,7 +16,7 @@ from typing import Any
 from dataset import care as rectum
 from dataset import word
 from dataset.palette import class_colors
-from dataset.scans.read import SCAN_SUFFIXES, scan_stem
+from dataset.scans.find import is_scan_name, scan_stem
 from dataset.scans.window import Window
 
 LAYOUTS = ("word", "care", "nnunet", "folder")
@@ -34,6 +34,7 @@ class CaseFiles:
     image: Path
     label: Path
     channel: int | None = None  # of a file with several
+    series: int | None = None  # of a folder with several DICOM series
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,26 @@ def find_folder(
         raise ValueError(f"folder: images and labels are the same folder, {images}; name two")
     source = _paired(Source("folder", root, table, []), images, labels, "train", channel)
     if not source.cases:
-        raise FileNotFoundError(f"folder: no scan in {images} has a label of its name in {labels}")
+        raise FileNotFoundError(
+            f"folder: no scan in {images} has a label of its name in {labels}{_other_files(labels)}"
+        )
     return source
+
+
+def _other_files(labels: Path) -> str:
+    """A remark on files of a folder of labels that no reader takes, such as PNG; often empty."""
+    files = [path for path in labels.iterdir() if path.is_file() and not path.name.startswith(".")]
+    ends = sorted({path.suffix for path in files if not is_scan_name(path.name)} - {""})
+    if not ends:
+        return ""
+    return f", whose {', '.join(ends[:3])} files are no label maps; convert them to NIfTI"
+
+
+def with_series(source: Source, number: int | None) -> Source:
+    """The source with the number of the DICOM series to take from every case's folder."""
+    if number is None:
+        return source
+    return replace(source, cases=[replace(case, series=number) for case in source.cases])
 
 
 def with_splits(root: Path) -> Path | None:
@@ -241,7 +260,7 @@ def _scans(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return found
     for path in sorted(folder.iterdir()):
-        is_scan = path.is_dir() or path.name.lower().endswith(SCAN_SUFFIXES)
+        is_scan = path.is_dir() or is_scan_name(path.name)
         if path.name.startswith(".") or not is_scan:
             continue
         stem = scan_stem(path)

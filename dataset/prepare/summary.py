@@ -25,7 +25,16 @@ def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[s
         ids = {case["id"] for case in cases}
         lines.append(f"{split:<8}{len(ids):>8}{len(pixels):>10}{with_foreground:>18}")
     lines += ["", *_class_lines(index), "", *_geometry_lines(index["cases"])]
-    return [*lines, *_missing_lines(index), *left_out]
+    return [*lines, *_missing_lines(index), *remark_lines(index), *left_out]
+
+
+def remark_lines(index: dict[str, Any]) -> list[str]:
+    """A warning for every remark on a scan's header."""
+    return [
+        f"warning: {case['id']}: {remark}"
+        for case in index["cases"]
+        for remark in case.get("remarks", ())
+    ]
 
 
 def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
@@ -45,7 +54,7 @@ def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) ->
     dropped = [line for case in index["cases"] for line in case["dropped"]]
     if dropped:
         lines += ["", f"no objects, {len(dropped)}:", *(f"  {line}" for line in dropped)]
-    return lines + list(left_out)
+    return [*lines, *remark_lines(index), *left_out]
 
 
 def left_out_lines(source: Source) -> list[str]:

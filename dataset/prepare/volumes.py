@@ -127,7 +127,7 @@ def pack_volume(job: VolumeJob) -> Entry:
     entry = _recorded(record, key)
     if entry is not None:
         return entry
-    scan = read_volume(job.case.image, job.case.channel)
+    scan = read_volume(job.case.image, job.case.channel, job.case.series)
     label = _read_label(job, scan)
     mask = resample_label(label.array, Grid(label.header))
     objects, dropped = _sorted_out(job, label, mask)
@@ -141,6 +141,8 @@ def pack_volume(job: VolumeJob) -> Entry:
         "dropped": dropped,
         "source": key,
     }
+    if scan.grid.header.remarks:
+        entry["remarks"] = list(scan.grid.header.remarks)
     entry = write_volume(job.output, entry, scan.image, mask, objects=objects)
     write_json(record, {"key": key, "entry": entry}, indent=None)
     return entry
@@ -249,6 +251,7 @@ def _key(job: VolumeJob) -> str:
     case = job.case
     settings: list[Any] = [PACKING, case.id, case.split, case.channel, job.names, job.binary]
     settings += [job.min_volume, job.ignore_label_affine]
+    settings += [] if case.series is None else [case.series]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in (case.image, case.label):
         for block in file_blocks(path):

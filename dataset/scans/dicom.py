@@ -118,15 +118,6 @@ class DicomFile:
     slices: tuple[DicomSlice, ...] = field(repr=False)
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file starts as DICOM does: with its mark behind a preamble, or with its tags."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        start = stream.read(132)
-    return start[128:] == b"DICM" or (start[:2] == b"\x08\x00" and start[2:4] < b"\x20\x00")
-
-
 def read_dicom(path: Path) -> DicomFile | None:
     """The header of a DICOM file; None for a DICOMDIR.
 

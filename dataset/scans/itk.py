@@ -58,12 +58,9 @@ def open_itk(path: Path) -> ItkFile:
     is_nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
     text = _header_text(path)
     unit, facts, remarks = (_nrrd_facts if is_nrrd else _metaimage_facts)(path, text)
-    data_file = text.get("data file", text.get("datafile", text.get("elementdatafile", "LOCAL")))
-    is_attached = data_file.upper() == "LOCAL" or (is_nrrd and path.suffix.lower() == ".nrrd")
-    if not is_attached and not re.search(r"%|^LIST", data_file):
-        voxel_file = path.parent / data_file
-        if not voxel_file.is_file():
-            raise ValueError(f"{path}: its voxels should lie in {data_file}, which is not there")
+    detached = voxel_file(path)
+    if detached is not None and not detached.is_file():
+        raise ValueError(f"{path}: its voxels should lie in {detached.name}, which is no file here")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -77,9 +74,18 @@ def open_itk(path: Path) -> ItkFile:
     affine = _affine(reader)
     affine[:3] *= unit
     header = ScanHeader(path, "nrrd", shape, channels, dtype, affine, remarks=remarks, **facts)
-    claimed = math.prod(shape) * channels if is_attached else None  # at least a byte a voxel
-    available = path.stat().st_size * MAX_DEFLATE_RATIO
+    claimed = math.prod(shape) * channels  # at least a byte a voxel
+    available = (detached or path).stat().st_size * MAX_DEFLATE_RATIO
     return ItkFile(check_header(header, claimed=claimed, available=available))
+
+
+def voxel_file(path: Path) -> Path | None:
+    """The file that the voxels of a header lie in; None if they follow it or lie in several."""
+    text = _header_text(path)
+    named = text.get("data file", text.get("datafile", text.get("elementdatafile", "LOCAL")))
+    if named.upper() == "LOCAL" or re.search(r"%|^LIST", named):
+        return None
+    return path.parent / named
 
 
 def _affine(reader: sitk.ImageFileReader) -> np.ndarray:

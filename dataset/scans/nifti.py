@@ -28,7 +28,6 @@ from dataset.scans.header import (
     narrow,
 )
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
 NIFTI_HEADER_BYTES = 540  # of version 2; version 1 takes 348
 SLAB_BYTES = 2**25
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metres, millimetres, micrometres

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dataset.labels import check_label_ids, listed
+from dataset.scans.find import ITK_SUFFIXES, NIFTI_SUFFIXES, SCAN_SUFFIXES
 from dataset.scans.header import Scan, ScanHeader, size_text
-from dataset.scans.nifti import NIFTI_SUFFIXES, NiftiFile, open_nifti
+from dataset.scans.nifti import NiftiFile, open_nifti
 from dataset.scans.npz import CareSlice, open_npz
 from dataset.text import counted
 
@@ -19,17 +20,7 @@ if TYPE_CHECKING:
 
     ScanFile = NiftiFile | DicomSeries | ItkFile | CareSlice
 
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".npz")
 WHOLE_WITHIN = 1e-3  # a label this close to a whole number is that number
-
-
-def scan_stem(path: Path) -> str:
-    """Name of a scan file without its scan suffix (.nii.gz counts as one), or of its folder."""
-    for suffix in SCAN_SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
 
 
 def open_scan(path: str | Path, series: int | None = None) -> ScanFile:
@@ -44,6 +35,8 @@ def open_scan(path: str | Path, series: int | None = None) -> ScanFile:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such scan")
+    if series is not None and not path.is_dir():
+        raise ValueError(f"{path}: --series chooses among DICOM series in a folder; leave it out")
     name = path.name.lower()
     if path.is_dir():
         from dataset.scans.series import open_series  # SimpleITK and pydicom take long to import

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.scans.dicom import DicomFile, DicomSlice, is_dicom, read_dicom, read_stored
+from dataset.scans.dicom import DicomFile, DicomSlice, read_dicom, read_stored
+from dataset.scans.find import is_dicom
 from dataset.scans.header import (
     MAX_DEFLATE_RATIO,
     ScanHeader,

@@ -18,8 +18,9 @@ import nibabel as nib
 import numpy as np
 
 from dataset.files import atomic_write
+from dataset.scans.find import NIFTI_SUFFIXES
 from dataset.scans.header import SHEAR_LIMIT, ScanHeader, shear_mm, without_shear
-from dataset.scans.nifti import NIFTI_SUFFIXES, SPACE_UNITS, stored_header
+from dataset.scans.nifti import SPACE_UNITS, stored_header
 
 STEPS = 65535  # of a probability, which is stored as uint16
 PLACE_FIELDS = (  # of a NIfTI header: everything that places a voxel

@@ -106,8 +106,10 @@ def _check_geometry(
     axes = ["".join(nib.aff2axcodes(header.affine)) for header in (image, label)]
     if axes[0] != axes[1]:
         checked.odd(f"axes {axes[1]}, the image has {axes[0]}", label_file)
-    if not image.oriented:
-        checked.odd("states no orientation (sform and qform codes are 0)")
+    for remark in image.remarks:
+        checked.odd(remark)
+    if image.spacing is None:
+        return
     x, y, z = nib.io_orientation(image.affine)[:, 0].argsort()
     checked.spacing = image.spacing[z], (image.spacing[x] * image.spacing[y]) ** 0.5
 

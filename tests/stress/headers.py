@@ -1,4 +1,4 @@
-"""Scans whose headers differ from a plain one in one field, read by us and by an independent reader.
+"""Scans whose headers differ from a plain one in one field, compared with independent readers.
 
 nibabel, pydicom and SimpleITK decide where the voxels of a file lie and what they are worth. What
 is read otherwise must be refused or remarked on; sound scans must be read. Label maps of both

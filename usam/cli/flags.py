@@ -250,8 +250,8 @@ FLAGS = (
     Flag("channel", "prediction", "number of the volume to use in files with several, from 0",
          whole(0), metavar="N", runs=("predict",)),
     Flag("series", "prediction",
-         "number of the DICOM series to use in folders with several; they are listed without it",
-         whole(0), metavar="N", runs=("predict",)),
+         "number of the DICOM series to use in folders with several, from 1; left out, they are "
+         "listed", whole(1), metavar="N", runs=("predict",)),
     Flag("box", "prediction",
          "box prompt in voxels: x1 y1 x2 y2 on --slice; sam-med3d: x1 y1 z1 x2 y2 z2; may be "
          "repeated", number(), nargs="+", metavar="V", repeated=True, runs=("predict",)),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dataset.files import file_digest, write_json
-from dataset.scans.read import scan_stem
+from dataset.scans.find import scan_stem
 
 PROGRAM = "u-sam.py"
 NNUNET_CHANNEL = "_0000"  # at the end of a scan's name in nnU-Net's layout

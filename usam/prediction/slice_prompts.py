@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.scans.header import ScanHeader
 from dataset.scans.slices import ScanSlices
 from usam.cli.choices import MIXED, PROMPT_MODES
 from usam.prediction.prompts import ScanPrompts
@@ -78,7 +79,7 @@ def slice_prompts(prompts: ScanPrompts, mode: int | str, scan: ScanSlices) -> Sl
     if mode == 0:
         return None
     points: dict[int, list] = {}
-    voxels = point_voxels(prompts, scan.header.affine, scan.header.path)
+    voxels = point_voxels(prompts, _mm_affine(scan.header), scan.header.path)
     for voxel, point in zip(voxels, prompts.points, strict=True):
         k, ((x, y),) = _in_image(voxel[None], scan)
         if not (-0.5 <= x <= scan.img_size - 0.5 and -0.5 <= y <= scan.img_size - 0.5):
@@ -94,6 +95,11 @@ def slice_prompts(prompts: ScanPrompts, mode: int | str, scan: ScanSlices) -> Sl
             raise ValueError(f"{scan.header.path}: two boxes on slice {number}; a slice takes one")
         boxes[k] = tuple(np.concatenate([low, high]).clip(0, scan.img_size).tolist())
     return SlicePrompts(mode, scan.img_size, points, boxes)
+
+
+def _mm_affine(header: ScanHeader) -> np.ndarray | None:
+    """(4, 4) voxel index -> RAS mm; None where the scan states no voxel size."""
+    return header.affine if header.spacing else None
 
 
 def point_voxels(prompts: ScanPrompts, affine: np.ndarray | None, source: Path) -> np.ndarray:
@@ -158,7 +164,7 @@ def marks_on_slices(
 ) -> dict[int, tuple[list[tuple[float, float, int]], list[tuple[float, ...]]]]:
     """The prompts by slice, in pixels of the scan's slices: points (x, y, label) and boxes."""
     marks: dict[int, tuple[list, list]] = {}
-    voxels = point_voxels(prompts, scan.header.affine, scan.header.path)
+    voxels = point_voxels(prompts, _mm_affine(scan.header), scan.header.path)
     for (k, row, column), point in zip(scan.locate(voxels), prompts.points, strict=True):
         marks.setdefault(_slice_at(k, scan), ([], []))[0].append((column, row, point[3]))
     for number, *sides in prompts.boxes:

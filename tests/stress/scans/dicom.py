@@ -285,7 +285,8 @@ def sound_cases() -> dict[str, Callable[[Path], Path]]:
         "oblique": _plain(each=_placed(_turned(30, "x"))),
         **{f"headers rounded to {digits} digits": _plain(each=_placed(_turned(21, "x"), digits),
            count=20) for digits in (6, 4, 3)},
-        "positions rounded to 0.1 mm": _plain(each=_at(lambda k: round(50 + 1.27 * k, 1)), count=25),
+        "positions rounded to 0.1 mm": _plain(
+            each=_at(lambda k: round(50 + 1.27 * k, 1)), count=25),
         "steps of a third": _plain(each=_at(lambda k: round(50 + k / 3, 2)), count=12),
         "pixel sizes in other digits": _plain(one={2: {"PixelSpacing": [0.9003, 0.7998]}}),
         "orientation in other digits": _plain(one={2: {

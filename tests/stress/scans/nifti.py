@@ -91,7 +91,8 @@ def cases() -> list[Case]:
         "micrometres": {"sform": micrometres, "units": 3}, "big-endian": {"dtype": ">i2"},
         "NIfTI-2": {"version": 2}, "uint8": {"dtype": "u1"}, "int8": {"dtype": "i1"}, "uint16":
         {"dtype": "<u2"}, "int32": {"dtype": "<i4"}, "float32": {"dtype": "<f4"}, "float64":
-        {"dtype": "<f8"}, "slope and intercept": {"slope": (2, -1024)}, "slope 0": {"slope": (0, 0)},
+        {"dtype": "<f8"}, "slope and intercept": {"slope": (2, -1024)},
+        "slope 0": {"slope": (0, 0)},
         "fractional slope": {"slope": (0.25, 3)}, "one volume in 4D": {"shape": (*SHAPE, 1)},
         "a time step": {"pixdim": {4: 2.0}}, "slice code": {"fields": {"slice_code": 3}},
         "display range": {"fields": {"cal_max": 50}},
@@ -101,7 +102,8 @@ def cases() -> list[Case]:
         **{f"sform and qform 30 mm apart, codes {codes}": {"qform": moved(30), "codes": codes}
            for codes in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 0), (0, 1))},
         "no codes": {"codes": (0, 0)}, "qform turned by 20 degrees": {"qform": oblique()},
-        "pixdim 0, sform": {"pixdim": {2: 0}}, "pixdim 0, qform": {"pixdim": {2: 0}, "codes": (0, 1)},
+        "pixdim 0, sform": {"pixdim": {2: 0}},
+        "pixdim 0, qform": {"pixdim": {2: 0}, "codes": (0, 1)},
         "pixdim 0, no codes": {"pixdim": {2: 0}, "codes": (0, 0)},
         "pixdim negative, sform": {"pixdim": {2: -0.9}}, "pixdim negative, qform":
         {"pixdim": {2: -0.9}, "codes": (0, 1)}, "pixdim negative, no codes":
