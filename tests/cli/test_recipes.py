@@ -270,6 +270,28 @@ def test_a_recipe_sets_its_flags_and_given_ones_win() -> None:
     assert RECIPES["strong"].keys() == RECIPES["published"].keys()
 
 
+def test_the_phantom_has_defaults_of_its_own_that_flags_and_recipes_replace() -> None:
+    words = (
+        "--sam_weight none --img_size 112 --epochs 2 --batch_size 8 --lr 8e-4 --lr_vit 4e-5 "
+        "--lr_backbone 1e-3 --warmup --augment strong --class_weights 1,2,4 --val_fraction 0.2 "
+        "--output_dir chkpt/phantom"
+    )
+    short, written_out = (
+        settled("--dataset", "phantom"),
+        settled("--dataset", "phantom", *words.split()),
+    )
+    assert vars(short) == vars(written_out)
+    other = settled("--dataset", "phantom", "--epochs", "7", "--output_dir", "x", "--lr", "1e-4")
+    assert (other.epochs, str(other.output_dir), other.lr, other.batch_size) == (7, "x", 1e-4, 8)
+    with_recipe = settled("--dataset", "phantom", "--recipe", "published")
+    assert (with_recipe.epochs, with_recipe.warmup, with_recipe.augment) == (
+        100,
+        False,
+        "published",
+    )
+    assert str(settled().output_dir) == "chkpt"
+
+
 def test_a_resumed_run_keeps_its_values_unless_a_recipe_is_given() -> None:
     values = vars(settled("--recipe", "strong", "--ema", "0.5"))
     saved = {"args": {**values, "output_dir": "x"}, "data": {"img_size": 224}}

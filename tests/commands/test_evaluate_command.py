@@ -208,7 +208,10 @@ def test_the_sweep_over_prompts_is_printed_and_saved(
         (["--prompt_sweep"], ["--prompt_sweep needs --eval"]),
         (["--tta", "flip"], ["--tta needs --eval or --predict"]),
         (["--tta", "turn"], ["--tta", "flip+rot"]),
-        (["--merge", "a", "--eval", "--resume", "a.pth"], ["--merge and --eval cannot be combined"]),
+        (
+            ["--merge", "a", "--eval", "--resume", "a.pth"],
+            ["--merge and --eval cannot be combined"],
+        ),
         (["--merge", "nowhere"], ["--merge: no nowhere/metrics.json"]),
         (["--fold", "-1"], ["--fold", "not a whole number"]),
         (["--model", "sam-med3d", "--fold", "1"], ["--fold is not for --model sam-med3d"]),

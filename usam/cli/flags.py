@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from usam.cli.choices import (
@@ -207,7 +206,7 @@ FLAGS = (
          "write the LoRA weights of --resume in SAMed's format to this file (.pth, .safetensors)",
          path, model=USAM, metavar="FILE"),
     Flag("output_dir", "run", "output folder",
-         path, default=Path("chkpt"), metavar="PATH"),
+         path, metavar="PATH", shown="chkpt; phantom: chkpt/phantom"),
     Flag("tensorboard", "run", "also write the curves for TensorBoard", None),
     Flag("device", "run", "device to compute on; auto: CUDA, else Apple's MPS, else the CPU",
          default="auto", metavar="auto|cuda|mps|cpu"),

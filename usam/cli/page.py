@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from usam.cli.choices import DATASET_DEFAULTS
 from usam.cli.flags import FLAGS, MED3D, USAM, Flag
 from usam.cli.parser import EXIT_CODES, HINTS, default_text
 
@@ -34,6 +35,14 @@ def flags_page() -> str:
         f"{HINTS['patience']}. Checkpoints that were trained with one of them switched on can be "
         "evaluated and predicted with; resuming their training needs `--override`.\n"
     )
+    for name, values in DATASET_DEFAULTS.items():
+        words = " ".join(
+            f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in values.items()
+        )
+        parts.append(
+            f"## Defaults of --dataset {name}\n\nA new training without `--recipe` uses `{words}` "
+            "where these flags are not given.\n"
+        )
     parts.append(f"## Exit codes\n\n{EXIT_CODES.removeprefix('Exit codes: ')}\n")
     return "\n".join(parts)
 

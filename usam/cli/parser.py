@@ -10,7 +10,7 @@ from argparse import Namespace
 from typing import Any, NoReturn
 
 from usam.cli.checks import check_flags, check_model_flags
-from usam.cli.choices import MIXED, RECIPES
+from usam.cli.choices import DATASET_DEFAULTS, MIXED, OUTPUT_DIR, RECIPES
 from usam.cli.flags import DEFAULTS, FLAGS, MED3D, REMOVED, USAM, Flag
 
 NEGATIVE = re.compile(r"-\d+\.?\d*[eE][-+]?\d{1,3}", re.ASCII)
@@ -106,6 +106,9 @@ def parse_flags(arguments: list[str] | None = None) -> Namespace:
     if unknown:
         parser.error(unknown_text(unknown))
     check_flags(parser, args)
+    if args.output_dir is None:
+        own = DATASET_DEFAULTS.get(args.dataset, {})
+        args.output_dir = own.get("output_dir", OUTPUT_DIR)
     return args
 
 
@@ -125,7 +128,8 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
     """Fill in the flags that were left out: from the checkpoint `saved`, else the defaults.
 
     Training resumed from `saved` takes all its values from there, evaluation and prediction those
-    that describe the model; the values of a given --recipe come first. A model trained on mixed
+    that describe the model; the values of a given --recipe come first. A data set may have defaults
+    of its own for a fresh training without --recipe, see DATASET_DEFAULTS. A model trained on mixed
     prompts is evaluated without prompts unless --prompt_mode is given.
     Raises ValueError where a flag contradicts the checkpoint's model, or --model does not have it.
     """
@@ -142,6 +146,10 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
     if saved and not args.eval and not args.predict:
         check_removed(args, saved["args"])
         defaults |= {name: value for name, value in saved["args"].items() if name in defaults}
+    if not saved and not args.recipe and args.dataset in DATASET_DEFAULTS:
+        own = DATASET_DEFAULTS[args.dataset]
+        defaults |= {name: value for name, value in own.items() if name in defaults}
+        args.sam_weight = args.sam_weight or own["sam_weight"]
     if args.model == USAM and args.recipe:
         defaults |= RECIPES[args.recipe]
     for name, value in (defaults | described).items():

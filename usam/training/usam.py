@@ -104,7 +104,8 @@ class USamTask:
         )
         say(
             f"{args.dataset}: {len(self.train_data)} training slices, {len(self.val_data)} to "
-            f"validate on; {args.input} input, {args.recipe} recipe"
+            f"validate on; {args.input} input, {args.augment} augmentation, class weights "
+            f"{args.class_weights}"
         )
         if not self.val_data:
             say("too few training cases to set some aside: best.pth holds the last epoch")
