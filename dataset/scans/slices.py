@@ -24,7 +24,7 @@ class ScanSlices:
     data: window, orientation, spacing, img_size and, where recorded, clahe, crop, body_crop and
     input (see SliceDataset.info). `window` replaces the recorded one; `channel` picks one of
     several volumes. Raises what read_scan raises, and ValueError where the scan lacks what the
-    model was trained on.
+    model was trained on. A Scan that was read before may be given in place of the path.
 
     shape is (S, H, W), of canonical slices at native size; box (y0, y1, x0, x1), ends excluded, is
     the part of them that the model sees. Nothing but the scan itself is held in memory.
@@ -32,14 +32,14 @@ class ScanSlices:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | Scan,
         data: Mapping[str, Any],
         *,
         window: Window = None,
         channel: int | None = None,
         series: int | None = None,
     ) -> None:
-        self.scan = read_scan(path, channel, series)
+        self.scan = path if isinstance(path, Scan) else read_scan(path, channel, series)
         self.orientation = data["orientation"]
         self.volume = to_canonical(self.scan, self.orientation)
         self.shape = self.volume.slices.shape

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dataset.scans.header import ScanHeader, size_text
+from dataset.scans.header import Scan, ScanHeader, size_text
 from dataset.scans.orientation import (
     geometry_difference,
     lps_affine,
@@ -176,7 +176,11 @@ def read_volume(
     Raises FileNotFoundError, or ValueError with one line: a 2D image or single slice, several
     channels and none chosen, a file that cannot be read.
     """
-    scan = read_scan(path, channel, series)
+    return volume_of(read_scan(path, channel, series))
+
+
+def volume_of(scan: Scan) -> ScanVolume:
+    """A scan as read, at 1.5 mm in RAS order; ValueError for a single slice."""
     grid = grid_of(scan.header)
     return ScanVolume(resample_image(scan.array, grid), grid)
 

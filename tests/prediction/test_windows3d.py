@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from usam.prediction.prompts import (
     volume_prompts,
     volume_prompts_of,
 )
-from usam.prediction.volume_prompts import marked
+from usam.prediction.volume_prompts import MarkedObject, marked
 from usam.prediction.volumes import segment_objects
 from usam.prediction.windows import EmbeddingCache, Session, deepest_of_pieces, window_weight
 from usam.runtime.precision import Precision
@@ -105,6 +106,40 @@ def test_windows_grow_along_an_object_far_longer_than_one(tube) -> None:
     assert dice((session.logits > 0).numpy(), truth) > 0.95
     assert 5 <= session.num_windows <= 20
     assert not session.stopped_early
+
+
+def test_growing_ends_with_its_time_and_can_be_continued(tube) -> None:
+    session, whole = Session(cache_of(tube), max_seconds=0.0), Session(cache_of(tube))
+    for one in (session, whole):
+        one.click((20, 20, 12), 1)
+    assert session.num_windows == 1
+    assert session.stopped_early
+    session.grow()
+    assert not session.stopped_early
+    assert torch.equal(session.logits, whole.logits)
+
+
+def test_an_earlier_state_answers_as_it_did(small_tube) -> None:
+    session = Session(cache_of(small_tube))
+    session.click((10, 10, 10), 1)
+    before, answer = session.state(), session.logits.clone()
+    session.click((20, 32, 22), 1)
+    session.click((10, 10, 30), 0)
+    assert not torch.equal(session.logits, answer)
+    session.restore(before)
+    assert torch.equal(session.logits, answer)
+
+
+def test_a_chosen_centre_places_the_first_window(tube) -> None:
+    clicks = (((20, 20, 12), 1), ((20, 20, 40), 1))
+    plain = MarkedObject("tube", 1, clicks)
+    default, _ = segment_objects(cache_of(tube), [plain])
+    chosen, _ = segment_objects(cache_of(tube), [replace(plain, centre=(20, 20, 12))])
+    session = Session(cache_of(tube))
+    for voxel, sign in clicks:
+        session.click(voxel, sign)
+    assert np.array_equal(chosen > 0, (session.logits > 0).numpy())
+    assert chosen.any() and default.any()
 
 
 def test_an_object_inside_one_window_takes_one(tube) -> None:
@@ -252,7 +287,7 @@ def test_an_object_without_a_start_is_an_error(tube, objects, text) -> None:
         ('{"objects": [{"points": [[1, 2, 3, 5]]}]}', "label is 1"),
         ('{"objects": [{"points": [[1, 2, NaN]]}]}', "NaN is not a number"),
         ('{"objects": [{"label": 0}]}', "from 1 to 255"),
-        ('{"objects": [{"lable": 1}]}', "an object has box, label, name, points"),
+        ('{"objects": [{"lable": 1}]}', "an object has box, centre, label, name, points"),
         ('{"objects": [{"name": "a"}, {"name": "a"}]}', "name 'a'"),
         ('{"objects": [{"name": "a", "label": 2}, {"name": "b"}]}', "label 2"),
         ('{"scans": {"other.nii.gz": {}}}', "has prompts for 'other.nii.gz'"),

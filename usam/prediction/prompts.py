@@ -23,7 +23,7 @@ from usam.prediction.markups import as_slice_prompts, as_volume_prompts, is_mark
 
 MAX_JSON_BYTES = 64 << 20
 MAX_INDEX = 2**31
-OBJECT_KEYS = {"name", "label", "points", "box"}
+OBJECT_KEYS = {"name", "label", "points", "box", "centre"}
 
 Point = tuple[float, float, float, int]
 
@@ -46,12 +46,16 @@ class ScanPrompts:
 
 @dataclass(frozen=True)
 class ObjectPrompts:
-    """What a user marked of one object, which becomes `label` in the label map."""
+    """What a user marked of one object, which becomes `label` in the label map.
+
+    centre: the middle of the first window, where it is not that of the points.
+    """
 
     name: str = "object"
     label: int = 1
     points: tuple[Point, ...] = ()
     box: tuple[float, ...] | None = None
+    centre: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -301,12 +305,13 @@ def _object(content: Any, number: int) -> ObjectPrompts:
         raise ValueError(f"{name}: label {label!r:.80}; expected a whole number from 1 to 255")
     if not isinstance(points, list):
         raise ValueError(f"{name}: points must be a list of [x, y, z] or [x, y, z, label]")
-    box = content.get("box")
+    box, centre = content.get("box"), content.get("centre")
     return ObjectPrompts(
         name=name,
         label=label,
         points=tuple(_point(point) for point in points),
         box=None if box is None else _numbers(box, (6,), "a box is x1 y1 z1 x2 y2 z2"),
+        centre=None if centre is None else _numbers(centre, (3,), "a centre is x y z"),
     )
 
 

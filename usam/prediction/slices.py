@@ -221,7 +221,7 @@ def _segment(
         total=len(numbers), desc=name, unit="slice", leave=False, disable=not is_main()
     ) as bar:
         for chunk, images in prepared(scan, numbers, predictor.batch_size, predictor.threads):
-            logits = _forward(predictor, images, chunk, given)
+            logits = slice_logits(predictor, images, chunk, given)
             check_finite(logits, chunk, scan)
             for k, one in zip(chunk, logits, strict=True):
                 native = to_native(one[None], scan.box, size)
@@ -262,7 +262,7 @@ def prepared(
 
 
 @torch.inference_mode()
-def _forward(
+def slice_logits(
     predictor: Predictor, images: Tensor, numbers: Sequence[int], given: SlicePrompts | None
 ) -> Tensor:
     """Logits (n, C, size, size) float32 on the device, of slices `numbers`."""

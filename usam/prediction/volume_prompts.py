@@ -15,13 +15,15 @@ from usam.prediction.windows import Voxel
 class MarkedObject:
     """What a user marked of one object, in voxels of the volume.
 
-    clicks: (voxel, label), label 1 in the object and 0 outside; box: its first and last voxel.
+    clicks: (voxel, label), label 1 in the object and 0 outside; box: its first and last voxel;
+    centre: the voxel in the middle of the first window, where one is chosen.
     """
 
     name: str
     label: int
     clicks: tuple[tuple[Voxel, int], ...] = ()
     box: tuple[Voxel, Voxel] | None = None
+    centre: Voxel | None = None
 
     @property
     def box_centre(self) -> Voxel:
@@ -39,8 +41,10 @@ def marked(one: ObjectPrompts, scan: ScanVolume, *, mm: bool) -> MarkedObject:
     signs = [point[3] for point in one.points]
     voxels = map(tuple, scan.clicks([point[:3] for point in one.points], mm=mm).tolist())
     clicks = tuple(zip(voxels, signs, strict=True))
+    centre = one.centre and tuple(scan.clicks([one.centre], mm=mm)[0].tolist())
     if one.box is None:
-        return MarkedObject(one.name, one.label, clicks)
+        return MarkedObject(one.name, one.label, clicks, centre=centre)
     corners = scan.clicks(np.reshape(one.box, (2, 3)), mm=mm)
     low, high = corners.min(axis=0), corners.max(axis=0)
-    return MarkedObject(one.name, one.label, clicks, (tuple(low.tolist()), tuple(high.tolist())))
+    box = tuple(low.tolist()), tuple(high.tolist())
+    return MarkedObject(one.name, one.label, clicks, box, centre)

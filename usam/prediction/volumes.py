@@ -26,7 +26,7 @@ from usam.prediction.results import (
 )
 from usam.prediction.scans import predict_each, scans_to_predict
 from usam.prediction.volume_prompts import MarkedObject, marked
-from usam.prediction.windows import MAX_WINDOWS, EmbeddingCache, Session, Voxel
+from usam.prediction.windows import MAX_WINDOWS, EmbeddingCache, Session, Voxel, centred
 from usam.runtime.precision import Precision
 from usam.weights.sam_med3d import load_or_initialize
 
@@ -91,7 +91,9 @@ def _clicked(cache: EmbeddingCache, one: MarkedObject, init_mask: np.ndarray | N
 
 
 def _first_window(one: MarkedObject, known: Tensor | None, side: int) -> Voxel:
-    """Where the first window begins: around the box, else the object's clicks, else the mask."""
+    """Where the first window begins: around its chosen centre, the box, the clicks or the mask."""
+    if one.centre is not None:
+        return centred(one.centre, side)
     inside = [voxel for voxel, sign in one.clicks if sign == 1]
     if one.box is not None:
         inside = [one.box_centre]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
@@ -89,9 +91,14 @@ class Session:
     Overlapping answers are averaged, each with a weight that falls towards its faces.
     """
 
-    def __init__(self, cache: EmbeddingCache, known: Tensor | None = None) -> None:
-        """known (X, Y, Z) bool: a mask to refine, if there is one."""
-        self.cache, self.side = cache, cache.model.side
+    def __init__(
+        self, cache: EmbeddingCache, known: Tensor | None = None, max_seconds: float = math.inf
+    ) -> None:
+        """known (X, Y, Z) bool: a mask to refine, if there is one.
+
+        max_seconds: no further window is opened so long after a click; `grow` opens the rest.
+        """
+        self.cache, self.side, self.max_seconds = cache, cache.model.side, max_seconds
         self.num_grown, self.stopped_early = 0, False
         self._windows: list[Window] = []
         self._clicks: list[tuple[Voxel, int]] = []
@@ -122,12 +129,20 @@ class Session:
         self._windows.append(self._open(origin))
         if self._known is not None:
             self._answer(self._windows[-1])
-            self._grow()
+            self.grow(self.max_seconds)
 
-    def click(self, voxel: Voxel, label: int, box: tuple[Voxel, Voxel] | None = None) -> None:
+    def click(
+        self,
+        voxel: Voxel,
+        label: int,
+        box: tuple[Voxel, Voxel] | None = None,
+        *,
+        is_last: bool = True,
+    ) -> None:
         """Add a click, label 1 in the object and 0 outside, and answer.
 
         box: first and last corner of a box around the object, for a model that takes boxes.
+        is_last: False where another click follows at once; only the last one's answer grows.
         """
         voxel = tuple(int(index) for index in voxel)
         self._clicks.append((voxel, int(label)))
@@ -138,7 +153,22 @@ class Session:
             self._windows += windows
         for window in windows:
             self._answer(window)
-        self._grow()
+        if is_last:
+            self.grow(self.max_seconds)
+
+    def state(self) -> tuple:
+        """What the clicks so far have led to, for `restore`."""
+        answers = [(window, window.logits) for window in self._windows]
+        return answers, list(self._clicks), self._box
+
+    def restore(self, state: tuple) -> None:
+        """Go back to an earlier `state` and answer as then."""
+        answers, clicks, self._box = state
+        self._windows, self._clicks = [], list(clicks)
+        for window, logits in answers:
+            window.logits = logits
+            self._windows.append(window)
+        self.grow(self.max_seconds)
 
     def _logits_in(self, part: tuple) -> Tensor:
         """`logits` of a part of the volume."""
@@ -185,8 +215,9 @@ class Session:
             )
         window.logits = answer.float()
 
-    def _grow(self) -> None:
-        """Answer with the windows of clicks and all that grow from them."""
+    def grow(self, max_seconds: float = math.inf) -> None:
+        """Answer with the windows of clicks and all that grow from them within `max_seconds`."""
+        deadline = time.monotonic() + max_seconds
         self._sum.zero_()
         self._weight.zero_()
         self.stopped_early = False
@@ -198,7 +229,8 @@ class Session:
             if touch is None:
                 waiting.popleft()
                 continue
-            if len(windows) - len(self._windows) >= MAX_WINDOWS:
+            num_grown = len(windows) - len(self._windows)
+            if num_grown >= MAX_WINDOWS or time.monotonic() >= deadline:
                 self.stopped_early = True
                 break
             grown = self._open(self._on_grid(centred(touch, self.side)))
