@@ -262,6 +262,39 @@ def test_a_mask_is_refined_by_its_own_label(tube) -> None:
     assert (label == 3).sum() == 8**3
 
 
+def test_an_initial_mask_without_the_label_is_an_error(tube) -> None:
+    mask = np.zeros(tube.shape, dtype=np.uint8)
+    mask[36:44, 60:68, 40:46] = 255
+    one = ObjectPrompts("ball", 1, ((40, 64, 44, 1),))
+    with pytest.raises(ValueError, match=r"no label 1 \(ball\), its labels are: 255; relabel it"):
+        run(tube, VolumePrompts((one,)), init_mask=mask)
+    other = ObjectPrompts("tube", 255, ((20, 20, 12, 1),))  # one of several: used where it can be
+    _, rows = run(tube, VolumePrompts((one, other)), init_mask=mask)
+    assert [row["init_mask"] for row in rows] == [False, True]
+
+
+def test_an_answer_that_is_not_finite_is_an_error(tube) -> None:
+    class Broken(Oracle):
+        def decode(self, *args, **how) -> Tensor:
+            return super().decode(*args, **how) * float("nan")
+
+    session = Session(cache_of(tube, Broken()))
+    with pytest.raises(ValueError, match=r"not finite in the window at voxel \(24, 48, 28\)"):
+        session.click((40, 64, 44), 1)
+
+
+def test_embeddings_are_kept_within_a_bound(tube) -> None:
+    model = Oracle()
+    cache = EmbeddingCache(model, tube, CPU, max_bytes=3 * 4 * SIDE**3)
+    for origin in ((0, 0, 0), (0, 0, 8), (0, 0, 16), (0, 0, 0), (0, 0, 24)):
+        cache.embedding(origin)
+    assert model.encoded == 4
+    cache.embedding((0, 0, 0))  # used lately: kept
+    assert model.encoded == 4
+    cache.embedding((0, 0, 8))  # the one not used for the longest time went
+    assert model.encoded == 5
+
+
 @pytest.mark.parametrize(
     ("objects", "text"),
     [
