@@ -211,7 +211,7 @@ def test_groups_hold_every_trained_parameter_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sam_model": "vit_x"}, "vit_b, vit_l, vit_h, vit_tiny, found 'vit_x'"),
+        ({"sam_model": "vit_x"}, "vit_b, vit_l, vit_h, vit_t, vit_tiny, found 'vit_x'"),
         ({"adapter": "v"}, "adapter must be one of .*, found 'v'"),
         ({"num_classes": 1}, "found 1"),
         ({"img_size": 100}, "multiple of 16, found 100"),

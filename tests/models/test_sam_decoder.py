@@ -101,7 +101,7 @@ def test_mask_tokens_and_their_networks_serve_the_first_classes(
     assert "mask_decoder.output_hypernetworks_mlps.3.layers.0.weight" in reports[0].ignored
     left = {name.rpartition(".layers")[0] for name in reports[1].left_at_init}
     assert left == {f"mask_decoder.output_hypernetworks_mlps.{index}" for index in (4, 5)}
-    assert "left at init (output_hypernetworks_mlps)" in str(reports[1])
+    assert "new: output_hypernetworks_mlps;" in str(reports[1])
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "decoder"])

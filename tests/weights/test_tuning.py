@@ -207,7 +207,7 @@ def test_lora_is_exported_and_starts_another_run(data: tuple, tmp_path: Path, ca
         "--lr_vit", "0",
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert "LoRA of 4 blocks taken" in result.out
+    assert "LoRA of 4 blocks loaded" in result.out
     start = tensors(tmp_path / "second" / "last.pth")  # nothing has moved at a rate of 0
     assert all(torch.equal(value, wanted[n]) for n, value in lora.to_samed(start).items())
 

@@ -7,10 +7,11 @@ from pathlib import Path
 MODELS = ("u-sam", "sam-med3d")
 DATASETS = ("rectum", "word", "phantom", "store")  # --dataset of u-sam: dataset.DATASETS
 VOLUMES = ("volumes", "phantom3d")  # and of sam-med3d: dataset.VOLUMES
-SAM_MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny")  # --sam_model of u-sam
+SAM_MODELS = ("vit_b", "vit_l", "vit_h", "vit_t", "vit_tiny")  # --sam_model of u-sam
 SAM_MED3D_MODELS = ("vit_b_ori", "vit_b", "vit_l", "vit_h", "vit_tiny")  # and of sam-med3d
 ADAPTERS = ("u", "none")
 TUNINGS = ("full", "lora", "decoder")
+PREPARATIONS = ("sam", "minmax")  # --sam_preprocess
 INPUTS = ("2d", "2.5d")
 REL_POS = ("published", "corrected")
 PROMPT_MODES = {0: "none", 1: "boxes", 2: "points", 3: "points and boxes"}

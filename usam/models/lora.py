@@ -16,6 +16,7 @@ from torch import Tensor, nn
 RANK = 4
 PARTS = ("a_q", "b_q", "a_v", "b_v")
 NAME = re.compile(r"(.*\bblocks\.(\d+)\.attn\.)lora\.([ab])_([qv])")
+TINY_VIT_NAME = re.compile(r".*\blayers\.\d+\.blocks\.")
 SAMED_NAME = re.compile(r"w_([ab])_(\d{3})")
 
 
@@ -48,15 +49,21 @@ class QueryValueLora(nn.Module):
 
 
 def add_lora(encoder: nn.Module) -> None:
-    """Give each block's attention in `encoder` a LoRA; all else in it, the neck too, is frozen."""
+    """Give each attention in `encoder` a LoRA; all else in it, the neck as well, is frozen."""
     encoder.requires_grad_(False)
-    for block in encoder.blocks:
-        block.attn.lora = QueryValueLora(block.attn.qkv.in_features)
+    for attention in encoder.attentions:
+        attention.lora = QueryValueLora(attention.qkv.in_features)
 
 
 def is_lora(name: str) -> bool:
     """Whether a tensor of this name is LoRA's."""
     return NAME.fullmatch(name) is not None
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank of LoRA tensors under our names, (rank, C) for a_*; None where none has it."""
+    ranks = (len(v) for n, v in tensors.items() if ".lora.a_" in n and v.dim() == 2)
+    return next(ranks, None)
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,8 +74,15 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {name: value for name, value in state.items() if not is_lora(name)}
     for attention in {m[1] for m in map(NAME.fullmatch, state) if m}:
         a_q, b_q, a_v, b_v = (state[f"{attention}lora.{part}"] for part in PARTS)
-        query, key, value = plain[f"{attention}qkv.weight"].chunk(3)
-        plain[f"{attention}qkv.weight"] = torch.cat([query + b_q @ a_q, key, value + b_v @ a_v])
+        tiny_vit, weight = TINY_VIT_NAME.match(attention), plain[f"{attention}qkv.weight"]
+        if tiny_vit:  # queries, keys and values of a head lie side by side
+            heads = len(state[f"{attention}attention_biases"])
+            weight = weight.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        query, key, value = weight.chunk(3)
+        weight = torch.cat([query + b_q @ a_q, key, value + b_v @ a_v])
+        if tiny_vit:
+            weight = weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+        plain[f"{attention}qkv.weight"] = weight
     return plain
 
 
@@ -80,6 +94,8 @@ def to_samed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = [(m, value) for name, value in state.items() if (m := NAME.fullmatch(name))]
     if not found:
         raise ValueError("the checkpoint holds no LoRA; it was not trained with --tuning lora")
+    if TINY_VIT_NAME.match(found[0][0][1]):
+        raise ValueError("SAMed's LoRA files are for SAM's ViT encoders, not for vit_t")
     named = {
         f"w_{match[3]}_{2 * int(match[2]) + (match[4] == 'v'):03d}": value.contiguous()
         for match, value in found

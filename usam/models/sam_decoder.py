@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from usam.models.full_precision import full_precision
 from usam.models.sam_encoder import PATCH, PROMPT_WIDTH
-from usam.models.unet import UpBlock, conv_norm_relu
+from usam.models.unet import SKIP_WIDTHS, UpBlock, conv_norm_relu, two_convolutions
 
 NUM_MASK_TOKENS = 32
 MAP_WIDTH = 32  # channels of the maps that the mask tokens weigh
@@ -28,8 +28,8 @@ class PromptEncoder(SamPromptEncoder):
     U-SAM, so it is frozen; SAM's value serves where negative points are given.
     """
 
-    def __init__(self, img_size: int) -> None:
-        grid = img_size // PATCH
+    def __init__(self, img_size: int, stride: int = PATCH) -> None:
+        grid = img_size // stride
         super().__init__(PROMPT_WIDTH, (grid, grid), (img_size, img_size), mask_in_chans=16)
         del self.mask_downscaling
         self.point_embeddings[0].requires_grad_(False)
@@ -105,13 +105,18 @@ class MaskDecoder(TokenDecoder):
 
     The two-way transformer lets 32 mask tokens and the prompts attend to the image; three up
     blocks bring the image to 1/2, where each token weighs its 32 maps; the last block and two
-    convolutions follow at full size.
+    convolutions follow at full size. An embedding at 1/4 (stride 4) joins the skip of its own
+    size first, in place of the two blocks that others need to come there.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, stride: int = PATCH) -> None:
         super().__init__(NUM_MASK_TOKENS)
-        self.up4 = UpBlock(256, 128)
-        self.up3 = UpBlock(128, 64)
+        self.stride = stride
+        if stride == 4:
+            self.up_join = two_convolutions(PROMPT_WIDTH + SKIP_WIDTHS[2], SKIP_WIDTHS[1])
+        else:
+            self.up4 = UpBlock(256, 128)
+            self.up3 = UpBlock(128, 64)
         self.up2 = UpBlock(64, MAP_WIDTH)
         self.up1 = UpBlock(NUM_MASK_TOKENS, 32)
         self.final_output = nn.Sequential(
@@ -129,9 +134,13 @@ class MaskDecoder(TokenDecoder):
         embedding (N, 256, h, w); position (1, 256, h, w); prompts: sparse tokens and dense
         prompt of PromptEncoder; skips of DownPath.
         """
-        x1, x2, x3, x4 = skips
+        x1, x2, x3, *x4 = skips
         tokens, image = self.attend(embedding, position, prompts)
-        maps = self.up2(self.up3(self.up4(image, x4), x3), x2)  # (N, 32, H/2, W/2)
+        if self.stride == 4:
+            image = self.up_join(torch.cat([image, x3], dim=1))  # (N, 64, H/4, W/4)
+        else:
+            image = self.up3(self.up4(image, *x4), x3)
+        maps = self.up2(image, x2)  # (N, 32, H/2, W/2)
         weights = self.hypernetworks(tokens)  # (N, 32, 32)
         masks = torch.einsum("nchw,nmc->nhwm", maps, weights).permute(0, 3, 1, 2)  # channels last
         conv, norm, _, last = self.final_output
@@ -148,8 +157,9 @@ class SamMaskDecoder(TokenDecoder):
     Source: Kirillov et al. 2023 (SAM); Zhang and Liu 2023 (SAMed).
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, stride: int = PATCH) -> None:
         super().__init__(num_classes)
+        self.stride = stride  # pixels of the image to a cell of the embedding
         self.output_upscaling = nn.Sequential(
             nn.ConvTranspose2d(PROMPT_WIDTH, 64, kernel_size=2, stride=2),
             LayerNorm2d(64),
@@ -165,4 +175,6 @@ class SamMaskDecoder(TokenDecoder):
         tokens, image = self.attend(embedding, position, prompts)
         maps = self.output_upscaling(image)  # (N, 32, H/4, W/4)
         logits = torch.einsum("nchw,nkc->nkhw", maps, self.hypernetworks(tokens)).float()
-        return F.interpolate(logits, scale_factor=PATCH // 4, mode="bilinear")
+        if self.stride == 4:
+            return logits
+        return F.interpolate(logits, scale_factor=self.stride // 4, mode="bilinear")

@@ -19,11 +19,12 @@ from segment_anything.modeling.image_encoder import (
 )
 from torch import Tensor, nn
 
-from usam.cli.choices import SAM_MODELS
+from usam.cli.choices import PREPARATIONS, SAM_MODELS
 
 PATCH = 16
 WINDOW = 14
 PROMPT_WIDTH = 256
+SAM_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of SAM's images
 
 
 class SamSize(NamedTuple):
@@ -41,7 +42,27 @@ SAM_SIZES = {
     "vit_h": SamSize(1280, 32, 16, (7, 15, 23, 31)),
     "vit_tiny": SamSize(96, 4, 3, (1, 3)),  # ours, for tests; no published weights
 }
-assert tuple(SAM_SIZES) == SAM_MODELS
+assert {*SAM_SIZES, "vit_t"} == {*SAM_MODELS}  # vit_t, a TinyViT, has one size
+
+
+class Preparation(nn.Module):
+    """Images (N, 1 or 3, H, W) in [0, 1] -> (N, 3, H, W) on the scale an encoder was trained with.
+
+    name: "sam" is SAM's mean and deviation, "minmax" is [0, 1] itself, as MedSAM has it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name not in PREPARATIONS:
+            raise ValueError(f"preparation must be one of {PREPARATIONS}, found {name!r}")
+        self.name = name
+        mean, std = torch.tensor(SAM_SCALE).view(2, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.expand(-1, 3, -1, -1)
+        return (image - self.mean) / self.std if self.name == "sam" else image
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,6 +204,13 @@ class SamViT(ImageEncoderViT):
         for index in range(size.depth):
             window = grid if index in size.global_blocks else WINDOW
             self.blocks.append(SamBlock(size.width, size.num_heads, grid=grid, window=window))
+
+    stride = PATCH
+
+    @property
+    def attentions(self) -> list[SamAttention]:
+        """The attention of every block, first to last."""
+        return [block.attn for block in self.blocks]
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = tokens + self.pos_embed

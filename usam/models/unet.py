@@ -78,6 +78,27 @@ class DownPath(nn.Module):
         return skips, self.down4(skips[-1])
 
 
+class SkipPath(nn.Module):
+    """Image (N, 3, H, W) -> (skips at 1/1, 1/2, 1/4 and, for stride 16, 1/8; None).
+
+    The down path of an encoder that sees the image itself and needs no bottleneck.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.inc = ConvNormReLU(3, SKIP_WIDTHS[0])
+        self.down1 = DownBlock(SKIP_WIDTHS[0], SKIP_WIDTHS[1])
+        self.down2 = DownBlock(SKIP_WIDTHS[1], SKIP_WIDTHS[2])
+        self.down3 = DownBlock(SKIP_WIDTHS[2], SKIP_WIDTHS[3]) if stride == 16 else None
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], None]:
+        skips = [self.inc(image)]
+        for down in (self.down1, self.down2, self.down3):
+            if down is not None:
+                skips.append(down(skips[-1]))
+        return skips, None
+
+
 class UpBlock(nn.Module):
     """Doubles the size, joins the skip, two convolutions: (N, C, h, w) -> (N, C_out, 2h, 2w)."""
 

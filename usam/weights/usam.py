@@ -21,9 +21,10 @@ from usam.models.usam import SAM_SIZES, USam, build_usam
 from usam.weights import sam as sam_file
 from usam.weights.checkpoint_parts import FORMAT, MAX_SIDE, PLAIN, check_parts, whole_number
 from usam.weights.folds import check_start
+from usam.weights.foreign import stride_of
 from usam.weights.sam import resize
 from usam.weights.small_checkpoint import completed
-from usam.weights.state_dict import check_names, load_model_state
+from usam.weights.state_dict import check_names, check_tensors, load_model_state
 from usam.weights.torch_files import is_state_dict, read_file
 
 # In published U-SAM checkpoints, though no logit depends on them.
@@ -68,6 +69,26 @@ def initialize(
     return str(sam_file.load_sam_checkpoint(model, path))
 
 
+def stride_to_start_from(
+    sam_model: str, sam_weight: str | Path | None, init: Path | None = None
+) -> int | None:
+    """The `stride` that `build_usam` needs for weights that `initialize` then puts in.
+
+    None for an encoder other than vit_t and for random weights. Raises as `initialize` does.
+    """
+    if sam_model != "vit_t":
+        return None
+    if init is not None:
+        return stride_of(sam_part(completed(read_checkpoint(init), init, sam_weight)["model"]))
+    path = sam_file.find(sam_model, sam_weight)
+    return None if path is None else stride_of(sam_file.read_sam(path, sam_model))
+
+
+def sam_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of U-SAM's weights that SAM has as well, under SAM's own names."""
+    return {n.removeprefix("sam."): value for n, value in state.items() if n.startswith("sam.")}
+
+
 def start_from(
     model: USam,
     path: Path,
@@ -89,7 +110,7 @@ def start_from(
     saved, own = completed(content, path, sam_weight), model.state_dict()
     adapter = saved["data"].get("adapter", "u")
     if adapter != model.adapter:
-        raise ValueError(f"{path} was trained with --adapter {adapter}; give it to this run, too")
+        raise ValueError(f"{path} was trained with --adapter {adapter}; pass the same")
     state = saved["model"] if any(map(is_lora, own)) else merged(saved["model"])
     known = {
         n: resize(v, n.removeprefix("sam."), own[n].shape) for n, v in state.items() if n in own
@@ -97,11 +118,13 @@ def start_from(
     fitting = {name: value for name, value in known.items() if value.shape == own[name].shape}
     if "sam.mask_decoder.mask_tokens.weight" not in fitting:  # a token and its MLP go together
         fitting = {n: value for n, value in fitting.items() if ".output_hypernetworks" not in n}
-    if not any(name.startswith("sam.image_encoder.blocks.") for name in fitting):
+    blocks = ("sam.image_encoder.blocks.", "sam.image_encoder.layers.")
+    if not any(name.startswith(blocks) for name in fitting):
         raise ValueError(f"{path}: no encoder block fits; was it trained with another --sam_model?")
+    check_tensors(path, fitting, own)
     model.load_state_dict(fitting, strict=False)
     left = sorted(own.keys() - fitting.keys())
-    return f"{path}: {len(fitting)} tensors taken, left at init: {', '.join(left) or 'none'}"
+    return f"{path}: {len(fitting)} tensors loaded; new: {', '.join(left) or 'none'}"
 
 
 # ------------------------------------------------------------------ U-SAM checkpoints
@@ -141,7 +164,7 @@ def load_usam(
         state, tuning = merged(state), "full"
     model = build_usam(
         saved["args"]["sam_model"], len(data["classes"]), data["img_size"],
-        data.get("adapter", "u"), tuning,
+        data.get("adapter", "u"), tuning, stride_of(sam_part(state)),
     )  # fmt: skip
     load_model_state(model, state, source)
     return model
