@@ -98,6 +98,23 @@ def test_results_in_the_folder_of_the_scans_are_skipped(tmp_path, tiny, command,
     assert "skipped 2 results of earlier predictions" in capsys.readouterr().out
 
 
+def test_a_prediction_imports_no_scoring_code(tmp_path, tiny):
+    scan = write(tmp_path / "a.nii", coded(truth())[:, :, :1], lps_affine())
+    words = ["--predict", scan, "--resume", tiny(), *ON_CPU, "--output_dir", tmp_path / "out"]
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__');"
+        "print('\\n'.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT / "u-sam.py", *words],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    imported = set(done.stdout.split())
+    assert "usam.prediction.slices" in imported
+    scoring = ("usam.evaluation", "surface_distance", "jinja2", "SimpleITK")
+    assert not [name for name in imported if name.startswith(scoring)]
+
+
 def test_label_maps_are_named_as_nnunet_names_them(tmp_path, tiny, command):
     scan = write(tmp_path / "case_0000.nii.gz", coded(truth()), lps_affine())
     words = ["--predict", scan, "--resume", tiny(), *ON_CPU, "--names", "nnunet"]

@@ -66,8 +66,8 @@ def predict_each(
             files = ResultFiles(args.output_dir, name, plain=args.names == "nnunet")
             try:
                 files.check(scans, overwrite=args.overwrite)
-                tqdm.write(segment(path, files))
-            except AssertionError:
+                text = segment(path, files)
+            except AssertionError:  # a mistake of ours
                 raise
             except Exception as error:
                 problem = in_one_line(path, error)
@@ -75,6 +75,8 @@ def predict_each(
                     raise problem from error
                 failed += 1
                 tqdm.write(f"u-sam.py: error: {problem}", file=sys.stderr)
+            else:
+                tqdm.write(text)
     if number := int(reduce_sum(torch.tensor(failed, device=device))):
         raise ValueError(f"{number} of {len(scans)} scans were not segmented; see the errors above")
 
