@@ -15,14 +15,13 @@ Exit codes: 0 done, 2 bad input, 75 stopped by a signal with all saved (resume w
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
-from typing import Any
-
-from usam.cli.parser import fill_defaults, parse_flags
+from typing import Any, NoReturn
 
 BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141  # exit codes
-PACKAGES = {"cv2": "opencv-python-headless", "SimpleITK": "SimpleITK", "yaml": "pyyaml"}
+PACKAGES = {"cv2": "opencv-python-headless", "yaml": "pyyaml"}
 
 
 def main(args: Namespace) -> None:
@@ -32,6 +31,7 @@ def main(args: Namespace) -> None:
     answer at once.
     """
     from dataset.text import counted
+    from usam.cli.parser import fill_defaults
     from usam.runtime import peers, processes
     from usam.runtime.precision import select_precision
     from usam.training.resume import find_checkpoint
@@ -126,35 +126,47 @@ def export_lora(args: Namespace, saved: dict[str, Any]) -> None:
         say(save_lora(saved["model"], args.export_lora, with_decoder=with_decoder))
 
 
-def end(code: int, message: str = "") -> None:
+def end(code: int, message: str = "") -> NoReturn:
     """Print `message` as one line and exit with `code`, of several processes at once."""
+    from usam.cli.parser import one_line
+
     if message:
-        print(f"u-sam.py: {message}", file=sys.stderr, flush=True)
+        print(one_line(f"u-sam.py: {message}"), file=sys.stderr, flush=True)
     if peers := sys.modules.get("usam.runtime.peers"):
         peers.end(code)
     sys.exit(code)
 
 
+def end_by(error: Exception) -> NoReturn:
+    """Exit with one line for an error of the input or the machine; raise a defect of ours."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ImportError) and package not in ("", "usam", "dataset"):
+        install = f"pip install {PACKAGES.get(package, package)}"
+        end(BAD_INPUT, f"error: {error}; install it with: {install}")
+    try:
+        from dataset.errors import reason
+    except Exception:  # torch is installed, but cannot be loaded
+        end(BAD_INPUT, f"error: {error}")
+    if line := reason(error):
+        end(BAD_INPUT, f"error: {line}")
+    if peers := sys.modules.get("usam.runtime.peers"):
+        peers.end_by(error)
+    raise error
+
+
 def run_command() -> None:
     """Parse the flags and run; bad input, Ctrl-C and a closed pipe end in one line or none."""
-    flags = parse_flags()
     try:
-        main(flags)
+        from usam.cli.parser import parse_flags
+
+        main(parse_flags())
     except KeyboardInterrupt:
         end(INTERRUPTED, "interrupted")
     except BrokenPipeError:  # whoever read the output has ended, as in `| head`
-        sys.stdout = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         end(NO_READER)
-    except ModuleNotFoundError as error:
-        package = PACKAGES.get(error.name, error.name)
-        end(BAD_INPUT, f"error: {error}; install it with: pip install {package}")
-    except (ValueError, OSError) as error:
-        # A loader's process sends its whole traceback, whose last line names the error.
-        end(BAD_INPUT, f"error: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
     except Exception as error:
-        if peers := sys.modules.get("usam.runtime.peers"):
-            peers.end_by(error)
-        raise
+        end_by(error)
     finally:
         if processes := sys.modules.get("usam.runtime.processes"):
             processes.stop()

@@ -32,10 +32,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that prints an error as one line, without a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        if len(message) > MAX_MESSAGE:
-            message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
-        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists all flags)\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # BrokenPipeError here, as in `--help | head`, not when Python ends
+        super().exit(status, message)
+
+
+def one_line(text: str) -> str:
+    """`text` on one line: control characters as escapes, the middle of a long one cut."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    half = MAX_MESSAGE // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def build_parser() -> Parser:
