@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import re
-import shutil
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,11 @@ from dataset.store.folder import (
     HEADER_BYTES,
     Entry,
     check_name,
+    new_store,
     npy_header,
     packed_place,
     packed_places,
-)  # fmt: skip
+)
 from dataset.store.slices import SliceStore
 
 PACKING = 1  # raise it when packing changes: stores packed by older rules are then made again
@@ -56,23 +56,20 @@ def open_store(data_root: Path | str) -> SliceStore:
     """The packed CARE release under `data_root`; packs it, with a progress bar, when it is new.
 
     The store lies in `data_root`/packed, or in the user's cache where `data_root` is read-only. It
-    is made again when a slice or a CSV changes. Packing twice at a time is safe, but wasteful: of
-    several processes, let one come first. Raises FileNotFoundError for a missing release and
+    is made again when a slice or a CSV changes. Of several processes one packs and the
+    others wait. Raises FileNotFoundError for a missing release and
     ValueError, naming file and reason, for files that are not the release's.
     """
     root = Path(data_root)
     splits = find_splits(root)
     digest = source_digest(root, splits)
     for place in packed_places([root], digest):
-        if (place / "index.json").is_file():
-            try:
-                store = SliceStore(place)
-            except ValueError:  # half of another version's store: packed again below
-                continue
-            if store.index.get("source") == digest:
-                return store
+        if holds(place, digest):
+            return SliceStore(place)
     place = packed_place([root], digest)
-    pack(splits, place, digest)
+    with new_store(place, "packing CARE", overwrite=True, wait=True) as new:
+        if not holds(place, digest):  # another process may have packed it meanwhile
+            pack(splits, new, digest)
     return SliceStore(place)
 
 
@@ -203,36 +200,37 @@ def _read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def pack(splits: list[Split], place: Path, digest: str) -> None:
-    """Writes the release as a slice store at `place`, whole or not at all; one case in memory."""
-    scratch = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+def pack(splits: list[Split], folder: Path, digest: str) -> None:
+    """Writes the release as a slice store to `folder`; one case in memory."""
+    cases = []
+    total = sum(len(split.files) for split in splits)
+    with (
+        tqdm(total=total, desc="packing CARE", unit="slice") as bar,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        for split in splits:
+            for case, files in _by_case(split.files).items():
+                arrays = list(pool.map(read_slice, files))
+                cases += _write(folder, split, case, list(zip(files, arrays, strict=True)))
+                bar.update(len(files))
+    index = {
+        "dataset": "care",
+        "classes": [{"id": i, "name": n, "color": c} for i, (n, c) in enumerate(CLASSES)],
+        "window": None,
+        "orientation": "stored",
+        "clahe": True,
+        "source": digest,
+        "cases": cases,
+    }
+    slices.write_index(folder, index)
+
+
+def holds(folder: Path, digest: str) -> bool:
+    """Whether a folder has the store that was packed from sources of this digest."""
     try:
-        cases = []
-        total = sum(len(split.files) for split in splits)
-        with (
-            tqdm(total=total, desc="packing CARE", unit="slice") as bar,
-            ThreadPoolExecutor(THREADS) as pool,
-        ):
-            for split in splits:
-                for case, files in _by_case(split.files).items():
-                    arrays = list(pool.map(read_slice, files))
-                    cases += _write(scratch, split, case, list(zip(files, arrays, strict=True)))
-                    bar.update(len(files))
-        index = {
-            "dataset": "care",
-            "classes": [{"id": i, "name": n, "color": c} for i, (n, c) in enumerate(CLASSES)],
-            "window": None,
-            "orientation": "stored",
-            "clahe": True,
-            "source": digest,
-            "cases": cases,
-        }
-        slices.write_index(scratch, index)
-        slices.move_into_place(scratch, place)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        return SliceStore(folder).index.get("source") == digest
+    except (ValueError, OSError):  # none yet, or half of another version's store
+        return False
 
 
 def _by_case(files: list[Path]) -> dict[str, list[Path]]:

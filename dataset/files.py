@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 OLD = 24 * 3600  # seconds; younger unfinished files stay where the file system has no locks
 BLOCK = 1 << 20  # bytes
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2: swaps two names in one step
 
 
 @contextlib.contextmanager
@@ -89,30 +92,23 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path | str, purpose: str) -> Iterator[None]:
+def locked(
+    folder: Path | str, purpose: str, *, wait: bool = False, at: Path | None = None
+) -> Iterator[None]:
     """Keeps other processes out of a folder, which is made if need be.
 
-    purpose: what this process does there, "training" for example. The kernel lets the lock go when
-    the process ends, however that happens. Raises ValueError naming the process that has the lock.
-    Where the file system has no locks this is printed, and the block runs.
+    purpose: what this process does there, "training" for example. at: where the lock lies if not
+    in the folder itself. The kernel releases the lock when the process ends, however that happens.
+    Raises ValueError naming the process that has the lock, or waits for it. Where the file system
+    has no locks a warning is printed and the block runs.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    try:
-        handle, held = _lock(path, wait=False)
-    except BlockingIOError:
-        holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
-        raise ValueError(
-            f"{folder} is in use by {holder or 'another process'}; wait until it ends, or choose"
-            " another folder"
-        ) from None
+    path = Path(at or folder) / LOCK
+    handle, held = _lock_or_refuse(path, Path(folder), wait)
     if not held:
         print(f"warning: {folder}: no file locks here; run one process at a time", flush=True)
     try:
         os.truncate(handle, 0)
-        who = f"process {os.getpid()} on {socket.gethostname()} ({purpose})"
-        os.write(handle, who.encode())
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({purpose})".encode())
         _handles.add(handle)
         yield
     finally:
@@ -120,6 +116,82 @@ def locked(folder: Path | str, purpose: str) -> Iterator[None]:
             path.unlink()
         _handles.discard(handle)
         os.close(handle)
+
+
+def _lock_or_refuse(path: Path, folder: Path, wait: bool) -> tuple[int, bool]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _lock(path, wait=False)
+        except FileNotFoundError:  # the folder of the lock was removed by its last owner
+            continue
+        except BlockingIOError:
+            with contextlib.suppress(FileNotFoundError):
+                holder = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+                holder = holder or "another process"
+                if not wait:
+                    raise ValueError(
+                        f"{folder} is in use by {holder}; wait until it ends, or choose another"
+                        " folder"
+                    ) from None
+                print(f"{folder}: waiting for {holder}", flush=True)
+                return _lock(path, wait=True)
+
+
+@contextlib.contextmanager
+def rebuilt(
+    folder: Path | str, purpose: str, *, keep: bool = False, wait: bool = False
+) -> Iterator[Path]:
+    """A folder for the next content of `folder`, which takes its place when the block ends.
+
+    It lies beside `folder`, which stays as it is until then, or for good after an error, a kill or
+    a block that wrote nothing. keep: what such a block wrote is there the next time. A second
+    process is refused, or waits, see `locked`. Raises OSError where it cannot be made.
+    """
+    folder = Path(os.path.realpath(folder))
+    space = folder.with_name(f".{folder.name}.next")
+    new, old = space / "new", space / "old"
+    closed = folder.parent.exists() and not os.access(folder.parent, os.W_OK)
+    if closed or os.path.ismount(folder):
+        raise OSError(f"{folder}: {folder.parent} must be writable; choose a folder deeper inside")
+    with contextlib.ExitStack() as ends:
+        ends.callback(_remove_empty, space)
+        ends.enter_context(locked(folder, purpose, wait=wait, at=space))
+        ends.callback(_remove_empty if keep else _discard, new)
+        if old.exists() and not folder.exists():  # killed between two renames
+            os.replace(old, folder)
+        _discard(old, *([] if keep else [new]))
+        new.mkdir(exist_ok=True)
+        yield new
+        if any(new.iterdir()):
+            sync(new)
+            _take_place(new, folder, old)
+            sync(folder.parent)
+        _discard(old)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _discard(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(new: Path, folder: Path, old: Path) -> None:
+    """Renames `new` to `folder`, whose content is then in `old`; at once where the system can."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    with contextlib.suppress(AttributeError):  # no such function: not Linux
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not libc.renameat2(AT_FDCWD, bytes(new), AT_FDCWD, bytes(folder), RENAME_EXCHANGE):
+            os.rename(new, old)
+            return
+    os.rename(folder, old)
+    os.rename(new, folder)
 
 
 _handles: set[int] = set()  # of the locks held by `locked`

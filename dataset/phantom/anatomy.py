@@ -16,16 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset import word
-from dataset.files import write_json
 from dataset.parallel import default_workers
 from dataset.phantom.tissue import Patient, scanner_noise
-from dataset.prepare.folder import check_output, pack_all, sweep
+from dataset.prepare.cases import pack_all, with_test_cases
+from dataset.prepare.slices import write_splits
 from dataset.prepare.sources import class_table
 from dataset.scans.find import SCAN_SUFFIXES, scan_stem
 from dataset.scans.orientation import SliceStack, to_canonical
 from dataset.scans.read import read_label
-from dataset.splits import held_out, split_table
-from dataset.store.folder import Entry
+from dataset.store.folder import Entry, check_class_names, new_store
 from dataset.store.slices import write_case, write_index
 
 VERSION = 1  # raised whenever the same seed draws other pictures
@@ -42,7 +41,6 @@ class Job:
     """One label file to draw a patient from, and where to."""
 
     label: Path
-    split: str
     output: Path
     names: list[str]
     seed: int
@@ -61,6 +59,7 @@ def build(
     test_fraction: float = 0.0,
     seed: int = 202307,
     workers: int | None = None,
+    overwrite: bool = False,
 ) -> Entry:
     """The index of the slice store that `output` becomes; a patient for each label map.
 
@@ -70,29 +69,22 @@ def build(
     used.
     """
     files = _label_maps(labels)
-    check_output(output)
-    sweep(output)
     names = list(names or word.ORGANS)
-    testing = held_out([scan_stem(file) for file in files], test_fraction, seed)
-    jobs = [
-        Job(file, "test" if scan_stem(file) in testing else "train", output, names, seed)
-        for file in files
-    ]
-    cases = pack_all(draw_case, jobs, workers or default_workers())
-    index = {
-        "dataset": "anatomy",
-        "classes": class_table(names),
-        "window": list(WINDOW),
-        "orientation": "LPS",
-        "clahe": False,
-        "source": f"anatomy {VERSION} {seed} {zlib.crc32(' '.join(map(str, names)).encode())}",
-        "cases": cases,
-    }
-    write_json(
-        output / "splits.json",
-        split_table([(job.file, job.split) for job in jobs], folds=None, seed=seed),
-    )
-    write_index(output, index)
+    check_class_names(["background", *names], "anatomy")
+    with new_store(output, "drawing patients", overwrite=overwrite) as new:
+        jobs = [Job(file, new, names, seed) for file in files]
+        drawn = pack_all(draw_case, jobs, workers or default_workers())
+        index = {
+            "dataset": "anatomy",
+            "classes": class_table(names),
+            "window": list(WINDOW),
+            "orientation": "LPS",
+            "clahe": False,
+            "source": f"anatomy {VERSION} {seed} {zlib.crc32(' '.join(map(str, names)).encode())}",
+            "cases": with_test_cases(drawn, test_fraction, seed),
+        }
+        write_splits(new, index["cases"], folds=None, seed=seed)
+        write_index(new, index)
     return index
 
 
@@ -114,7 +106,7 @@ def draw_case(job: Job) -> Entry:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
     entry = {
         "id": job.file,
-        "split": job.split,
+        "split": "train",
         "file": job.file,
         "slices": [f"{job.file}_slice{k}" for k in range(len(image))],
         "spacing": spacing.tolist(),

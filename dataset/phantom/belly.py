@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from dataset.store.slices import move_into_place
+from dataset.store.folder import new_store
 from dataset.store.volumes import VolumeStore, write_volume, write_volume_index
 
 VERSION = 1  # raised whenever the same seed draws other volumes
@@ -101,16 +99,9 @@ def build(
     if min(counts.values()) < 0 or not any(counts.values()):
         raise ValueError(f"phantom3d: at least one case is wanted, found {counts}")
     folder = Path(folder)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
     recipe = {"version": VERSION, "seed": seed, **{f"{k}_cases": n for k, n in counts.items()}}
     wanted = [(split, number) for split, count in counts.items() for number in range(count)]
     cases = []
-    for split, number in tqdm(wanted, desc="drawing volumes", unit="case"):
-        image, mask = draw_case(split, number, seed=seed)
-        name = f"phantom3d_{split}_{number:04d}"
-        entry = {"id": name, "split": split, "file": name, "affine": affine().tolist()}
-        cases.append(write_volume(scratch, entry, image, mask))
     text = json.dumps(["phantom3d", recipe], sort_keys=True)
     index = {
         "dataset": "phantom3d",
@@ -119,8 +110,13 @@ def build(
         "recipe": recipe,
         "cases": cases,
     }
-    write_volume_index(scratch, index)
-    move_into_place(scratch, folder)
+    with new_store(folder, "drawing the phantom", wait=True) as new:
+        for split, number in tqdm(wanted, desc="drawing volumes", unit="case"):
+            image, mask = draw_case(split, number, seed=seed)
+            name = f"phantom3d_{split}_{number:04d}"
+            entry = {"id": name, "split": split, "file": name, "affine": affine().tolist()}
+            cases.append(write_volume(new, entry, image, mask))
+        write_volume_index(new, index)
     return folder
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from tqdm import tqdm
 from dataset.phantom.outlines import cut, table
 from dataset.phantom.patient import draw_anatomy
 from dataset.phantom.shapes import Shape, Tissue
-from dataset.store.folder import Entry
-from dataset.store.slices import SliceStore, move_into_place, write_case, write_index
+from dataset.store.folder import Entry, new_store
+from dataset.store.slices import SliceStore, write_case, write_index
 
 VERSION = 3  # raised whenever the same seed draws other pictures
 SIZE = 224  # pixels a side, as the CARE release's slices
@@ -116,15 +114,14 @@ def build(
             f" {train_cases} training and {test_cases} test cases of {num_slices} slices"
         )
     folder = Path(folder)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
     wanted = [("train", k) for k in range(train_cases)] + [("test", k) for k in range(test_cases)]
     cases = []
-    for split, number in tqdm(wanted, desc="drawing phantom", unit="case"):
-        entry, image, mask = draw_case(split, number, seed=seed, num_slices=num_slices)
-        cases.append(write_case(scratch, entry, image, mask))
-    write_index(scratch, {**describe(seed, train_cases, test_cases, num_slices), "cases": cases})
-    move_into_place(scratch, folder)
+    with new_store(folder, "drawing the phantom", wait=True) as new:
+        for split, number in tqdm(wanted, desc="drawing phantom", unit="case"):
+            entry, image, mask = draw_case(split, number, seed=seed, num_slices=num_slices)
+            cases.append(write_case(new, entry, image, mask))
+        facts = describe(seed, train_cases, test_cases, num_slices)
+        write_index(new, {**facts, "cases": cases})
     return folder
 
 

@@ -6,27 +6,20 @@ Users run it once a data set; `--dataset store --data_root DIR` (or word) then t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from dataset import care as rectum
-from dataset.files import write_json
 from dataset.parallel import default_workers
 from dataset.phantom import anatomy
-from dataset.prepare.folder import check_names, check_output, classes_seen, pack_all, sweep
-from dataset.prepare.packing import Job, Options, pack_case
-from dataset.prepare.sources import LAYOUTS, Source, find_source, with_series
+from dataset.prepare.slices import SliceOptions, prepare_scans, write_splits
+from dataset.prepare.sources import LAYOUTS, find_source, with_series
 from dataset.prepare.summary import left_out_lines, summary_lines, volume_summary_lines
 from dataset.prepare.volume_sources import find_volumes
-from dataset.prepare.volumes import prepare_volumes
-from dataset.scans.window import WINDOWS, Window, parse_window
-from dataset.splits import held_out, read_fold, split_table
-from dataset.store import slices
-from dataset.store.folder import Entry
+from dataset.prepare.volumes import VolumeOptions, prepare_volumes
+from dataset.scans.window import WINDOWS, parse_window
+from dataset.store.folder import Entry, new_store
 from dataset.store.slices import SliceStore
 
 EXAMPLES = """examples:
@@ -36,7 +29,7 @@ EXAMPLES = """examples:
   python -m dataset.prepare volumes --input nnUNet_raw/Dataset017_BTCV --output data/BTCV
   python -m dataset.prepare anatomy --input WORD-V0.1.0/labelsTs --output data/anatomy
 """  # noqa: E501
-COMMON_FLAGS = {"source", "input", "output", "seed", "workers"}
+COMMON_FLAGS = {"source", "input", "output", "seed", "workers", "overwrite"}
 FLAGS_OF = {  # of a source, besides; folder has all but --min_volume
     "care": {"folds"},
     "anatomy": {"classes", "test_fraction"},
@@ -87,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--body_crop", action="store_true", help="cut slices to the patient")
     parser.add_argument("--clahe", action="store_true", help="training applies CLAHE (as for CARE)")
     _add_case_flags(parser)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files in --output that this program did not write",
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     return parser
 
@@ -174,170 +172,50 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _summary_from_flags(args: argparse.Namespace) -> list[str]:
     """Prepares what the flags ask for; lines that say what came out."""
+    common = {
+        name: getattr(args, name) for name in ("test_fraction", "seed", "workers", "overwrite")
+    }
+    found = {"labels": args.labels, "channel": args.channel, "classes": args.classes}
     if args.source == "volumes":
-        source = find_volumes(
-            args.input, labels=args.labels, channel=args.channel, classes=args.classes
+        options = VolumeOptions(
+            min_volume=args.min_volume, ignore_label_affine=args.ignore_label_affine
         )
-        source = with_series(source, args.series)
-        index = prepare_volumes(
-            source,
-            args.output,
-            min_volume=args.min_volume,
-            ignore_label_affine=args.ignore_label_affine,
-            test_fraction=args.test_fraction,
-            seed=args.seed,
-            workers=args.workers,
-        )
+        source = with_series(find_volumes(args.input, **found), args.series)
+        index = prepare_volumes(source, args.output, options, **common)
         return volume_summary_lines(index, left_out_lines(source))
     if len(args.input) > 1:
-        raise ValueError(f"{args.source}: one folder in --input wanted, found {len(args.input)}")
-    args.input = args.input[0]
+        raise ValueError(f"{args.source}: expected one folder in --input, found {len(args.input)}")
     if args.source == "anatomy":
-        index = anatomy.build(
-            args.input,
-            args.output,
-            names=args.classes,
-            test_fraction=args.test_fraction,
-            seed=args.seed,
-            workers=args.workers,
-        )
+        index = anatomy.build(args.input[0], args.output, names=args.classes, **common)
         return summary_lines(index)
     if args.source == "care":
-        index = prepare_care(args.input, args.output)
-        table = split_table(_places(index), folds=args.folds, seed=args.seed)
-        write_json(args.output / "splits.json", table)
+        index = prepare_care(
+            args.input[0], args.output, args.folds, seed=args.seed, overwrite=args.overwrite
+        )
         return summary_lines(index)
-    return summary_lines(*_prepare_from_flags(args))
-
-
-def _prepare_from_flags(args: argparse.Namespace) -> tuple[Entry, list[str]]:
-    source = find_source(
-        args.source, args.input, labels=args.labels, channel=args.channel, classes=args.classes
-    )
-    return prepare_scans(
-        with_series(source, args.series),
-        args.output,
+    source = with_series(find_source(args.source, args.input[0], **found), args.series)
+    options = SliceOptions(
         window=parse_window(args.window) if args.window else source.window,
         spacing=args.spacing,
         body_crop=args.body_crop,
-        clahe=args.clahe,
         ignore_label_affine=args.ignore_label_affine,
-        test_fraction=args.test_fraction,
-        folds=args.folds,
-        seed=args.seed,
-        workers=args.workers,
     )
+    index, lines = prepare_scans(
+        source, args.output, options, clahe=args.clahe, folds=args.folds, **common
+    )
+    return summary_lines(index, lines)
 
 
-def prepare_care(release: Path, output: Path) -> Entry:
+def prepare_care(
+    release: Path, output: Path, folds: int | None, *, seed: int, overwrite: bool
+) -> Entry:
     """Index of the store that `output` becomes from a CARE release; nothing is done twice."""
     splits = rectum.find_splits(release)
     digest = rectum.source_digest(release, splits)
-    if not _holds(output, digest):
-        check_output(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        rectum.pack(splits, output, digest)
+    if not rectum.holds(output, digest):
+        with new_store(output, "preparing", overwrite=overwrite) as new:
+            rectum.pack(splits, new, digest)
+            write_splits(new, SliceStore(new).cases, folds=folds, seed=seed)
+    else:
+        write_splits(output, SliceStore(output).cases, folds=folds, seed=seed)
     return SliceStore(output).index
-
-
-def prepare_scans(
-    source: Source,
-    output: Path,
-    *,
-    window: Window,
-    spacing: float | None = None,
-    body_crop: bool = False,
-    clahe: bool = False,
-    ignore_label_affine: bool = False,
-    test_fraction: float = 0.0,
-    folds: int | None = None,
-    seed: int = 202307,
-    workers: int = 1,
-) -> tuple[Entry, list[str]]:
-    """(index, lines on what was left out) of the store made of a source's cases.
-
-    Cases packed before from the same files with the same options are kept as they are. Raises
-    ValueError, one line a fault, if a case cannot be packed; there is no index then.
-    """
-    source = _with_test_cases(source, test_fraction, seed)
-    table = split_table([(case.id, case.split) for case in source.cases], folds=folds, seed=seed)
-    check_output(output)
-    options = Options(
-        window=window,
-        spacing=spacing,
-        body_crop=body_crop,
-        num_classes=len(source.classes) if source.classes else None,
-        ignore_label_affine=ignore_label_affine,
-    )
-    jobs = [Job(case, output, options) for case in source.cases]
-    check_names(jobs)
-    before = _options_before(output)
-    sweep(output)
-    entries = pack_all(pack_case, jobs, workers)
-    index = _index_of(source, entries, options, clahe=clahe)
-    changed = _changed_lines(before, index, folds)
-    write_json(output / "splits.json", table)
-    slices.write_index(output, index)
-    return SliceStore(output).index, [*left_out_lines(source), *changed]
-
-
-def _options_before(output: Path) -> Entry:
-    """How a store that is there already was made, and whether it has folds; empty without one."""
-    try:
-        index = SliceStore(output).index
-    except (ValueError, OSError):
-        return {}
-    options = {name: index.get(name) for name in ("window", "spacing", "body_crop", "clahe")}
-    with suppress(ValueError, OSError):
-        options["folds"] = bool(read_fold(output, 0))
-    return options
-
-
-def _changed_lines(before: Entry, index: Entry, folds: int | None) -> list[str]:
-    """How the store differs from the one that was there, `before`."""
-    lines = [
-        f"replaces a store of another {name}: {index[name]} (was {value})"
-        for name, value in before.items()
-        if name != "folds" and index[name] != value
-    ]
-    if before.get("folds") and not folds:
-        lines.append("the folds of the store before are gone; --folds writes them")
-    return lines
-
-
-def _index_of(source: Source, entries: list[Entry], options: Options, *, clahe: bool) -> Entry:
-    """What index.json says of the store."""
-    window, sources = options.window, "".join(entry["source"] for entry in entries)
-    return {
-        "dataset": source.name,
-        "classes": source.classes or classes_seen(entries),
-        "window": list(window) if isinstance(window, tuple) else window,
-        "orientation": "LPS",
-        "spacing": options.spacing,
-        "body_crop": options.body_crop,
-        "clahe": clahe,
-        "source": hashlib.sha256(sources.encode()).hexdigest(),
-        "cases": entries,
-    }
-
-
-def _places(index: Entry) -> list[tuple[str, str]]:
-    return [(case["id"], case["split"]) for case in index["cases"]]
-
-
-def _with_test_cases(source: Source, fraction: float, seed: int) -> Source:
-    if not fraction:
-        return source
-    if any(case.split == "test" for case in source.cases):
-        raise ValueError(f"{source.name}: has test cases of its own; leave out --test_fraction")
-    training = [case.id for case in source.cases if case.split == "train"]
-    testing = held_out(training, fraction, seed)
-    cases = [replace(case, split="test") if case.id in testing else case for case in source.cases]
-    return replace(source, cases=cases)
-
-
-def _holds(output: Path, digest: str) -> bool:
-    try:
-        return SliceStore(output).index.get("source") == digest
-    except (ValueError, OSError):
-        return False

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import re
+import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataset.files import array_digest, atomic_write, file_digest, write_text
+from dataset.files import SCRATCH, array_digest, atomic_write, file_digest, rebuilt, write_text
 
 SPLITS = ("train", "val", "test")
 KINDS = ("image", "mask")  # of a case's arrays
 MAX_OPEN_CASES = 512  # two maps each; far below Linux's 65,530 maps a process
 MAX_INDEX_BYTES = 256 << 20  # 33,000 slices of 17 classes take about 5 MB
+STORE_FILE = re.compile(r"(index|splits)\.json|cases/.*\.(json|(image|mask)\.npy)")
 HEADER_BYTES = 4096  # an npy header of a plain array is 118 bytes long
 
 Entry = dict[str, Any]
@@ -90,6 +94,10 @@ class Store:
             self._maps.popitem(last=False)
         return arrays
 
+    def shown(self, case_number: int) -> set[int]:
+        """The foreground classes that a case shows; of a volume those of its objects."""
+        return shown(self.cases[case_number])
+
     def _check_unchanged(self) -> None:
         """Raises ValueError where another store has taken this one's place since it was opened."""
         path = self.folder / "index.json"
@@ -147,6 +155,72 @@ def write_checked_index(folder: Path | str, index: Entry, store: type[Store]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(index, sort_keys=True, separators=(",", ":"), allow_nan=False))
     return path
+
+
+@contextlib.contextmanager
+def new_store(
+    folder: Path | str, purpose: str, *, overwrite: bool = False, keep: bool = False,
+    wait: bool = False,
+) -> Iterator[Path]:  # fmt: skip
+    """A folder to write a store in that takes the place of `folder` at the end, see files.rebuilt.
+
+    Hidden files of others stay in `folder`. Raises ValueError where it holds others than a store's;
+    overwrite: unless they have a store's names, and are replaced.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is not a folder; choose another --output")
+    others = foreign(folder)
+    for path in others:
+        replaceable = STORE_FILE.fullmatch(path.relative_to(folder).as_posix()) and path.is_file()
+        if not path.name.startswith(".") and not (overwrite and replaceable):
+            advice = " or pass --overwrite" if replaceable else ""
+            raise ValueError(
+                f"{folder}: {path.relative_to(folder)} was not written by this program; choose"
+                f" another folder{advice}"
+            )
+    with rebuilt(folder, purpose, keep=keep, wait=wait) as new:
+        yield new
+        hidden = [path for path in others if path.name.startswith(".")]
+        for path in hidden if (new / "index.json").is_file() else ():
+            target = new / path.relative_to(folder)
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, target, symlinks=True, dirs_exist_ok=True)
+            elif not os.path.lexists(target):
+                link_file(path, target)
+
+
+def foreign(folder: Path) -> list[Path]:
+    """What lies in a store's folder, or in its cases, and is no part of a store; sorted."""
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        files = {str(case["file"]) for case in index["cases"]}
+        ours = {"cases", "splits.json", "index.json"}
+    except FileNotFoundError:
+        files, ours = set(), {"cases", "splits.json"}
+    except (ValueError, KeyError, TypeError, OSError):
+        files, ours = set(), {"cases"}
+    found = [path for path in folder.glob("*") if path.name not in ours]
+    for path in (folder / "cases").glob("*"):
+        stem = re.sub(r"\.(json|(image|mask)\.npy)$", "", path.name)
+        if stem not in files and not path.with_name(f"{stem}.json").is_file():
+            found.append(path)
+    return sorted(path for path in found if not path.name.startswith(SCRATCH))
+
+
+def link_file(source: Path | str, target: Path | str) -> None:
+    """Gives a file a second name, or copies it where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def shown(case: Entry) -> set[int]:
+    """The foreground classes that a case shows; of a volume those of its objects."""
+    if "objects" in case:
+        return set(case["objects"])
+    return set((np.flatnonzero(np.sum(case["pixels"], axis=0)[1:]) + 1).tolist())
 
 
 def check_name(name: object, where: str) -> str:

@@ -5,10 +5,7 @@ Preparation, the phantom and readers of releases write it; the Dataset and `veri
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +66,6 @@ class SliceStore(Store):
             check_label_ids(mask[k], num_classes, where)
         return image[k], mask[k]
 
-    def shown(self, case_number: int) -> set[int]:
-        """The foreground classes that a case shows."""
-        totals = np.sum(self.cases[case_number]["pixels"], axis=0)
-        return set((np.flatnonzero(totals[1:]) + 1).tolist())
-
 
 def write_case(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.ndarray) -> Entry:
     """The entry for the index, after writing the case's arrays below `folder`/cases.
@@ -105,31 +97,6 @@ def write_index(folder: Path | str, index: Entry) -> Path:
     ]
     index = {"format": FORMAT, **index, "cases": cases}
     return write_checked_index(folder, index, SliceStore)
-
-
-def move_into_place(scratch: Path, target: Path) -> None:
-    """Renames a finished store to `target`, in place of an older one; never a mixture of the two.
-
-    When another process is quicker with the very same store, its copy stays and ours goes. Raises
-    ValueError where `target` holds anything but a store: only stores are ever replaced.
-    """
-    ours = (scratch / "index.json").read_bytes()
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-    while True:
-        try:
-            scratch.rename(target)
-            return
-        except OSError:
-            if not target.is_dir():
-                raise
-        with contextlib.suppress(FileNotFoundError):  # another process is replacing it, too: again
-            if not (target / "index.json").is_file() and any(target.iterdir()):
-                raise ValueError(f"{target} is in the way: not a slice store; move it elsewhere")
-            if (target / "index.json").read_bytes() == ours:
-                shutil.rmtree(scratch)
-                return
-            target.rename(aside)
-            shutil.rmtree(aside)
 
 
 def _check_case(case: Entry, where: str, num_classes: int) -> None:

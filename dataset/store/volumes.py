@@ -6,7 +6,6 @@ Preparation and the drawn volumes write it, the Dataset reads it; it follows the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,10 +56,6 @@ class VolumeStore(Store):
     def voxels(self, case_number: int, label: int) -> int:
         """How many voxels of a case carry the label."""
         return sum(self.cases[case_number]["pixels"].get(str(label), ()))
-
-    def shown(self, case_number: int) -> set[int]:
-        """The classes of a case's objects."""
-        return set(self.cases[case_number]["objects"])
 
 
 def write_volume(
@@ -155,9 +150,3 @@ def _is_box(box: object, shape: list[int]) -> bool:
     if not (isinstance(box, list) and len(box) == 2 and all(map(_is_voxel, box))):
         return False
     return all(0 <= low < high <= size for low, high, size in zip(*box, shape, strict=True))
-
-
-def case_bytes(entry: Entry) -> tuple[int, int]:
-    """Bytes of the case's image and mask without their headers."""
-    voxels = math.prod(entry["shape"])
-    return voxels * np.dtype(entry["dtype"]).itemsize, voxels

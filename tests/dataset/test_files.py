@@ -138,3 +138,68 @@ def test_digests_tell_values_and_shapes_apart_but_not_layouts(tmp_path: Path) ->
     assert array_digest(array) != array_digest(array + 1)
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a").startswith("ba7816bf")
+
+
+# ------------------------------------------------------------------ folders
+
+
+def folder_of(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+def test_a_rebuilt_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    for content in ("one", "two"):
+        with files.rebuilt(folder, "preparing") as new:
+            (new / content).write_text(content)
+            assert folder_of(folder) == {"one": "one"} if folder.exists() else content == "one"
+        assert folder_of(folder) == {content: content}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_error_leaves_the_old_folder_and_work_that_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    (folder / "one").write_text("one")
+    for keep in (False, True):
+        with pytest.raises(KeyError), files.rebuilt(folder, "preparing", keep=keep) as new:
+            (new / "two").write_text("two")
+            raise KeyError("stop")
+        assert folder_of(folder) == {"one": "one"}
+        assert (len(list(tmp_path.iterdir())) == 2) == keep
+    with files.rebuilt(folder, "preparing", keep=True) as new:
+        assert folder_of(new) == {"two": "two"}
+    assert list(tmp_path.iterdir()) == [folder]
+    with files.rebuilt(folder, "preparing"):
+        pass  # nothing was written: nothing changes
+    assert folder_of(folder) == {"two": "two"}
+
+
+def test_a_second_process_is_refused_or_waits(tmp_path: Path) -> None:
+    def second(wait: bool) -> None:
+        with files.rebuilt(tmp_path / "store", "preparing", wait=wait) as new:
+            (new / "two").write_text("two")
+
+    with files.rebuilt(tmp_path / "store", "preparing") as new:
+        assert wait_for(in_a_child(lambda: second(False))) == 1
+        later = in_a_child(lambda: second(True))
+        (new / "one").write_text("one")
+    assert wait_for(later) == 0
+    assert folder_of(tmp_path / "store") == {"two": "two"}
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_two_renames_replace_a_folder_where_names_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    folder = tmp_path / "store"
+    for content in ("one", "two"):
+        with files.rebuilt(folder, "preparing") as new:
+            (new / content).write_text(content)
+    assert folder_of(folder) == {"two": "two"}
+    os.rename(folder, tmp_path / "away")
+    (tmp_path / ".store.next").mkdir()
+    os.rename(tmp_path / "away", tmp_path / ".store.next" / "old")  # as after a kill in between
+    with files.rebuilt(folder, "preparing"):
+        assert folder_of(folder) == {"two": "two"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.store.folder import npy_header
-from dataset.store.slices import SliceStore, move_into_place, write_case, write_index
+from dataset.store.folder import new_store, npy_header
+from dataset.store.slices import SliceStore, write_case, write_index
 
 CLASSES = [{"id": i, "name": n, "color": "#000000"} for i, n in enumerate(["background", "a", "b"])]
 
@@ -185,17 +185,67 @@ def test_headers_of_good_arrays_are_read() -> None:
     assert npy_header(_npy((3, 4)))[:3] == ((3, 4), False, np.dtype("u1"))
 
 
-def test_only_a_store_is_ever_replaced(tmp_path: Path) -> None:
-    make_store(tmp_path / "new", cases=1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious", encoding="utf-8")
-    with pytest.raises(ValueError, match="in the way"):
-        move_into_place(tmp_path / "new", tmp_path / "mine")
-    make_store(tmp_path / "old", cases=2)
-    move_into_place(tmp_path / "new", tmp_path / "old")
-    assert len(SliceStore(tmp_path / "old").cases) == 1
-    move_into_place(make_store(tmp_path / "same", cases=1), tmp_path / "old")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "old"]
+def test_files_of_others_are_refused_or_kept(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "store", cases=2)
+    (folder / ".gitignore").write_text("*", encoding="utf-8")
+    (folder / "cases" / "mine.mask.npy").write_bytes(b"by hand")
+    with pytest.raises(ValueError, match=r"cases/mine\.mask\.npy was not written .*--overwrite"):
+        new_store(folder, "preparing").__enter__()
+    with new_store(folder, "preparing", overwrite=True) as new:
+        make_store(new, cases=1)
+    assert len(SliceStore(folder).cases) == 1
+    assert (folder / ".gitignore").is_file()
+    assert len(list((folder / "cases").iterdir())) == 2
+    for name in ("index.json", "thesis.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("[]", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{name} was not written by this program"):
+            new_store(tmp_path / name, "preparing").__enter__()
+    with pytest.raises(ValueError, match=r"thesis\.txt was .*; choose another folder$"):
+        new_store(tmp_path / "thesis.txt", "preparing", overwrite=True).__enter__()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["index.json", "store", "thesis.txt"]
+
+
+def test_a_store_replaced_while_in_use_is_an_error(tmp_path: Path) -> None:
+    store = SliceStore(make_store(tmp_path / "store", cases=3))
+    store.read(0, 0)
+    (store.folder / "index.json").touch()
+    store.read(1, 0)  # the same content
+    with new_store(store.folder, "preparing") as new:
+        make_store(new, cases=4)
+    with pytest.raises(ValueError, match="was replaced while in use"):
+        store.read(2, 0)
+
+
+def test_digests_follow_the_images_and_are_made_for_older_stores(tmp_path: Path) -> None:
+    folder = make_store(tmp_path, cases=3)
+    kept = SliceStore(folder).case_digests(range(3))
+    assert len(set(kept.values())) == 3
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    for case in index["cases"]:
+        assert case.pop("digests")["image"] == kept[case["id"]]
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert SliceStore(folder).case_digests(range(3)) == kept
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "a"], "two classes named 'a'"),
+        (["", "b"], "class 1 has an empty name"),
+        (["Background", "b"], "class 1 is named 'Background'"),
+        (["a", "b\x1b[2J"], "control characters"),
+    ],
+)
+def test_class_names_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    rows = [{"id": i, "name": name} for i, name in enumerate(["background", *names])]
+    mask = np.zeros((1, 4, 4), np.uint8)
+    entry = {"id": "x", "split": "test", "file": "x", "slices": ["x0"]}
+    with pytest.raises(ValueError, match=message):
+        write_index(tmp_path, {"classes": rows, "cases": [write_case(tmp_path, entry, mask, mask)]})
 
 
 def test_a_store_pickles_without_its_maps_and_keeps_few_open(tmp_path: Path, monkeypatch) -> None:

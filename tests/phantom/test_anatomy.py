@@ -137,7 +137,7 @@ def test_what_cannot_be_drawn_is_named_in_one_line(
     assert "a.nii" in capsys.readouterr().err
     nib.save(nib.Nifti1Image(np.full((8, 8, 4), 40, np.uint8), AFFINE), tmp_path / "none" / "a.nii")
     assert prepare.main([*command, str(tmp_path / "none")]) == 2
-    assert "outside the table" in capsys.readouterr().err
+    assert "outside the class table" in capsys.readouterr().err
 
 
 def test_a_field_is_smooth_through_slices_and_of_unit_size() -> None:

@@ -274,7 +274,7 @@ def test_bad_folders_and_flags_end_with_two(tmp_path, capsys):
     assert "images and labels below" in refused(capsys, "folder", "--input", tmp_path / "in", *out)
     layouts.word(tmp_path / "ok", {"Tr": [1]})
     ok = ("word", "--input", tmp_path / "ok")
-    assert "holds other things" in refused(capsys, *ok, "--output", tmp_path)
+    assert "in was not written by this program" in refused(capsys, *ok, "--output", tmp_path)
     assert "window x is not known" in refused(capsys, *ok, *out, "--window", "x")
     assert "--folds 3" in refused(capsys, *ok, *out, "--folds", "3")
     for flags in (["--spacing", "0"], ["--test_fraction", "1"], ["--labels", "x"]):
@@ -312,7 +312,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
         array = np.asarray(nib.load(path).dataobj)
         layouts.write(path, np.kron(array, np.ones((8, 8, 4), array.dtype)))
     prepare("word", tmp_path / "in", tmp_path / "whole")
-    rng, records = random.Random(0), tmp_path / "out" / "cases"
+    rng, records = random.Random(0), tmp_path / ".out.next" / "new" / "cases"
     command = [sys.executable, "-m", "dataset.prepare", "word"]
     command += ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     for workers in ("2", "1"):

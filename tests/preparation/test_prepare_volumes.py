@@ -62,7 +62,7 @@ def test_labels_that_are_not_binary_are_refused(tmp_path: Path, capsys) -> None:
     text = refused(capsys, "--input", tmp_path / "in", "--output", tmp_path / "out")
     assert "1 of 3 cases cannot be packed" in text
     assert "many.nii.gz" in text
-    assert "wants binary labels (0 and 1), found 0, 1, 2" in text
+    assert "has binary labels; multi-class: images and labels folders: label ids 2 are" in text
     assert not (tmp_path / "out" / "index.json").exists()
 
 
