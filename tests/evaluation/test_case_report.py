@@ -176,6 +176,28 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     assert text.count("&lt;img src=") > 10
 
 
+def test_names_reach_neither_terminal_nor_spreadsheet_as_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Escape codes are written out, cells that start a formula get an apostrophe."""
+    described = made("=1+2", "\x1b[2J")
+    described.classes[1:] = ["@cmd|'/c calc'!A0", "\x1b]0;title\x07"]
+    folder = tmp_path / "0"
+    report.write_scores(
+        folder, described.counts, described.classes, described.facts, described.metrics
+    )
+    page = Page(write_report(folder / "report", described))
+    print(described.text)
+    assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
+    assert all(c.isprintable() or c == "\n" for c in page.text)
+    text = (folder / "report" / "cases.csv").read_text(encoding="utf-8")
+    assert all(c.isprintable() or c == "\n" for c in text)
+    for row in csv.reader(text.splitlines()):
+        assert not any(cell.startswith(("=", "+", "@")) for cell in row)
+    found = merged_report.merged([folder], seed=1)
+    assert found.cases.rows["=1+2"] == described.cases.rows["=1+2"]
+
+
 # -------------------------------------------------------------------------------- several merged
 
 
@@ -268,6 +290,7 @@ def open_page(browser: str, page: Path, *flags: str) -> str:
     """
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--no-first-run", "--disable-background-networking",
         "--proxy-server=127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND",
         f"--user-data-dir={page.parent / 'browser'}", *flags, page.as_uri(),
     ]  # fmt: skip
@@ -290,6 +313,23 @@ def test_a_browser_without_network_shows_every_figure(tmp_path: Path, browser: s
     shown = re.search("<title>shown: (.*?)</title>", dumped)
     assert shown, dumped[-2000:]
     assert shown[1].split(",") == ["true"] * len(Page(page).pictures)
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_fits_the_window(tmp_path: Path, browser: str, width: int) -> None:
+    """Neither the page nor a table of it is wider than its place."""
+    described = made(
+        "a case with a long name of many words", "another_with_a_name_of_one_long_word"
+    )
+    page = write_report(tmp_path / "report", dataclasses.replace(described, notes=["a note"]))
+    page.write_text(page.read_text(encoding="utf-8") + (
+        "<script>addEventListener('load', () => { document.title = 'too wide: ' + "
+        "[...document.querySelectorAll('html, .wide')].filter(e => e.scrollWidth > e.clientWidth)"
+        ".length + ' of ' + document.querySelectorAll('html, .wide').length "
+        "+ ' at ' + innerWidth; })</script>"
+    ), encoding="utf-8")  # fmt: skip
+    dumped = open_page(browser, page, f"--window-size={width},900", "--dump-dom")
+    assert f"<title>too wide: 0 of 7 at {width}</title>" in dumped, dumped[-800:]
 
 
 def test_a_screenshot_holds_the_figures_pixels(tmp_path: Path, browser: str) -> None:

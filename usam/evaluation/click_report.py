@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dataset.files import write_json, write_text
-from dataset.text import counted
+from dataset.text import counted, csv_cell, printable
 from usam.evaluation.metrics import distinct
 from usam.evaluation.tables import text_table
 from usam.runtime.figures import save_figure
@@ -49,9 +49,10 @@ def write_report(
     writer = csv.writer(table)
     writer.writerow(["case", "class", "clicks", *SCORES, "failed"])
     for item, rows in zip(items, scores, strict=True):
+        names = csv_cell(item.case_id), csv_cell(item.name)
         for number, values in zip(NUM_CLICKS, rows, strict=True):
             shown = [f"{value:.6f}" for value in values]
-            writer.writerow([item.case_id, item.name, number, *shown, int(item in failed)])
+            writer.writerow([*names, number, *shown, int(item in failed)])
     write_text(folder / "clicks.csv", table.getvalue())
     by_label = {item.label: item.name for item in items}
     classes = {
@@ -90,7 +91,7 @@ def format_clicks(summary: Mapping[str, Any]) -> str:
     table = text_table(["class", *CLICKS], rows)
     lines = [f"Dice / NSD at {TOLERANCE:g} mm:", table]
     if summary["failed"]:
-        lines.append(f"failed, counted as 0: {', '.join(summary['failed'])}")
+        lines.append(f"failed, counted as 0: {printable(', '.join(summary['failed']))}")
     return "\n".join(lines)
 
 
@@ -99,9 +100,8 @@ def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axis = figure.subplots()
     for name, row in summary["classes"].items():
-        axis.plot(
-            NUM_CLICKS, [row["dice"][key]["mean"] for key in CLICKS], marker="o", ms=3, label=name
-        )
+        means = [row["dice"][key]["mean"] for key in CLICKS]
+        axis.plot(NUM_CLICKS, means, marker="o", ms=3, label=printable(name))
     mean = np.array([summary["all"]["dice"][key]["mean"] for key in CLICKS])
     std = np.array([summary["all"]["dice"][key]["std"] for key in CLICKS])
     axis.fill_between(NUM_CLICKS, mean - std, (mean + std).clip(max=1), color="black", alpha=0.08)

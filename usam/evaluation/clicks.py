@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dataset import VolumeStore, build_volumes, open_volumes
 from dataset.scans.volumes import SPACING
-from dataset.text import counted
+from dataset.text import counted, printable
 from usam.evaluation.checks import any_record, check_held_out, small_tolerances
 from usam.evaluation.click_report import (
     NUM_CLICKS,
@@ -120,7 +120,8 @@ def evaluate_objects(
             scores[number] = _score_object(cache, label == item.label, generator, spacing)
         except (ValueError, OSError, RuntimeError) as error:
             scores[number], failed[number] = 0, 1
-            tqdm.write(f"{item.case_id}, {item.name}: scored 0: {error}", file=sys.stderr)
+            name = printable(f"{item.case_id}, {item.name}")
+            tqdm.write(f"{name}: scored 0: {error}", file=sys.stderr)
     scores, failed = reduce_sum(scores).numpy(), reduce_sum(failed)
     return scores, [item for item, bad in zip(items, failed.tolist(), strict=True) if bad]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from argparse import Namespace
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -101,8 +102,9 @@ def read_evaluated(folder: Path) -> Evaluated:
         num_slices = {}
         with table.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                rows.setdefault(line["case"], []).append(_row(line))
-                num_slices[line["case"]] = int(line["slices"])
+                case = re.sub("^'(?=[=+@-])", "", line["case"])  # see `csv_cell`
+                rows.setdefault(case, []).append(_row(line))
+                num_slices[case] = int(line["slices"])
         for key in ("counts", "colors", "per_case", "dice"):
             metrics[key]
     except (ValueError, KeyError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from dataset.files import atomic_write, write_json, write_text
+from dataset.text import csv_cell, printable
 from usam.evaluation.case_metrics import METRICS
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.report_tables import (
@@ -49,14 +50,15 @@ def write_scores(
     """
     summary = counts.summary(classes)
     published = counts.summary(classes, foreground_only=True)
+    where = printable(facts["checkpoint"])
     print(
-        f"{facts['checkpoint']} on {facts['slices']} {facts['split']} slices of {facts['cases']} "
+        f"{where} on {facts['slices']} {facts['split']} slices of {facts['cases']} "
         f"cases of {facts['dataset']}; prompts: {facts['prompts']}; Dice and IoU of all pixels"
     )
     print(text_table(*pooled_table(summary)))
     if summary["absent"]:
         names = ", ".join(summary["absent"])
-        print(f"neither labelled nor predicted, left out of the means: {names}")
+        print(f"neither labelled nor predicted, left out of the means: {printable(names)}")
     if published["mean_dice"] is not None:
         print(
             f"slices with foreground only (the published protocol): mean Dice "
@@ -101,21 +103,22 @@ def cases_csv(report: CaseReport) -> str:
     writer.writerow([*(["from"] if report.sources else []), *COLUMNS, "unit"])
     unit = unit_of(report.cases.in_mm)
     for case, name, row in case_rows(report):
-        values = {"case": case, "slices": report.cases.num_slices[case], "class": name} | row
-        source = [report.sources[case]] if report.sources else []
+        slices = report.cases.num_slices[case]
+        values = row | {"case": csv_cell(case), "slices": slices, "class": csv_cell(name)}
+        source = [csv_cell(report.sources[case])] if report.sources else []
         writer.writerow([*source, *(values[column] for column in COLUMNS), unit])
     return text.getvalue()
 
 
 def markdown(report: CaseReport) -> str:
     """classes.md: what was evaluated, classes by metric, then each class in full, and the rules."""
-    facts = [f"- {name}: {value}" for name, value in report.facts.items()]
+    facts = [f"- {name}: {printable(value)}" for name, value in report.facts.items()]
     pooled = report.counts.summary(report.classes)
     notes = ["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []
     blocks = ["# Scores by case", "\n".join(facts), *notes, "Mean ± standard deviation over cases."]
     blocks.append(markdown_table(*overview(report)))
     for name in report.summary:
-        blocks += [f"## {name}", markdown_table(*details(report, name))]
+        blocks += [f"## {printable(name)}", markdown_table(*details(report, name))]
     blocks += ["## All pixels of all slices", markdown_table(*pooled_table(pooled))]
     for title, table in report.extra.items():
         blocks += [f"## {title}", markdown_table(*table)]
@@ -125,6 +128,7 @@ def markdown(report: CaseReport) -> str:
 
 def web_page(report: CaseReport, cases: str, boxes: bytes) -> str:
     """report.html: all of the report in one file, without scripts and links to others."""
+    worst = report.cases.worst
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(
         loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -136,8 +140,8 @@ def web_page(report: CaseReport, cases: str, boxes: bytes) -> str:
         pooled=pooled_table(report.counts.summary(report.classes)),
         extra=report.extra,
         boxes=b64encode(boxes).decode(),
-        worst=report.cases.worst,
-        details={name: details(report, name) for name in report.summary},
+        worst=[one | {key: printable(one[key]) for key in ("case", "slice")} for one in worst],
+        details={printable(name): details(report, name) for name in report.summary},
         cases=case_table(report),
         csv=b64encode(cases.encode()).decode(),
         rules=rules(report.cases.in_mm),

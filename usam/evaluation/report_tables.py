@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from dataset.text import counted, printable
 from usam.evaluation.case_metrics import MEAN, METRICS, RESAMPLES, Row, summarize
 from usam.evaluation.cases import CaseScores
 from usam.evaluation.metrics import ClassCounts
@@ -58,7 +59,7 @@ class CaseReport:
     def text(self) -> str:
         """Means over cases as aligned lines for the terminal."""
         return (
-            f"by case ({len(self.cases.rows)} cases), mean ± standard deviation; "
+            f"by case ({counted(len(self.cases.rows), 'case')}), mean ± standard deviation; "
             f"prompts: {self.facts['prompts']}\n{text_table(*overview(self, PRINTED))}"
         )
 
@@ -131,7 +132,7 @@ def overview(report: CaseReport, metrics: Iterable[str] = tuple(METRICS)) -> Tab
         cells = [
             with_spread(scores[metric], min(METRICS[metric].decimals, 3)) for metric in metrics
         ]
-        rows.append([name, *cells, lesions_text(scores["lesions"])])
+        rows.append([printable(name), *cells, lesions_text(scores["lesions"])])
     return head, rows
 
 
@@ -151,7 +152,8 @@ def details(report: CaseReport, name: str) -> Table:
 def pooled_table(summary: Mapping[str, Any]) -> Table:
     """Dice and IoU of all pixels of all slices, of a summary of `ClassCounts`."""
     rows = [
-        [name, number(dice), number(summary["iou"][name])] for name, dice in summary["dice"].items()
+        [printable(name), number(dice), number(summary["iou"][name])]
+        for name, dice in summary["dice"].items()
     ]
     rows.append([MEAN, number(summary["mean_dice"]), number(summary["mean_iou"])])
     return ["class", "Dice", "IoU"], rows
@@ -164,7 +166,8 @@ def case_table(report: CaseReport) -> Table:
     rows = []
     for case, name, row in case_rows(report):
         scores = [number(row[metric], METRICS[metric].decimals) for metric in METRICS]
-        rows.append([case, name, *scores, lesions_text(row), row["empty"]])
+        names = printable(case), printable(name)
+        rows.append([*names, *scores, lesions_text(row), row["empty"]])
     return head, rows
 
 

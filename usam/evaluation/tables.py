@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dataset.text import printable
+
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # head, rows
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned lines: the first column to the left, the others to the right."""
+    head, *rows = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -21,7 +24,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The lines of a Markdown table; cells may hold any text."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    escaped = [[printable(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
     first, *others = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([first, "| --- |" + " ---: |" * (len(head) - 1), *others])
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from dataset.files import atomic_write
+from dataset.text import printable
 
 OPACITY = 0.45
 
@@ -78,14 +79,14 @@ def save_overlay(
     for axis in axes:
         axis.set_axis_off()
     handles = [
-        Patch(color=color, label=name)
+        Patch(color=color, label=printable(name))
         for label, (name, color) in enumerate(zip(classes, colors, strict=True))
         if label and (len(classes) <= 4 or any((mask == label).any() for mask in masks.values()))
     ]
     legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False
     )
-    for text in [*legend.get_texts(), figure.suptitle(title, fontsize=10)]:
+    for text in [*legend.get_texts(), figure.suptitle(printable(title), fontsize=10)]:
         text.set_parse_math(False)  # names are no formulas
     save_figure(figure, path, dpi=110)
 
@@ -97,7 +98,7 @@ def _draw_prompts(
     if points is not None:
         coords, labels = points
         shown = coords[labels == 1]
-        axis.plot(shown[:, 0], shown[:, 1], "+", color="lime", markersize=7)
+        axis.plot(shown[:, 0], shown[:, 1], "o", color="lime", ms=5, markeredgecolor="black")
     if box is not None:
         x1, y1, x2, y2 = box
         outline = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="yellow")
@@ -123,7 +124,7 @@ def draw_box_plots(
         for place, name in enumerate(names):
             _draw_box(axis, place, np.array(by_class[name]), colors[name])
         axis.set_title(title, fontsize=10, parse_math=False)
-        axis.set_yticks(range(len(names)), names, parse_math=False)
+        axis.set_yticks(range(len(names)), [printable(name) for name in names], parse_math=False)
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
@@ -159,7 +160,8 @@ def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         tab20 = matplotlib.colormaps["tab20"].colors
         axes[1].set_prop_cycle(color=(*tab20[0::2], *tab20[1::2]))
         for name in names:
-            _draw_curve(axes[1], scored, [line["val"]["dice"][name] for line in scored], label=name)
+            dice = [line["val"]["dice"][name] for line in scored]
+            _draw_curve(axes[1], scored, dice, label=printable(name))
         means = [line["val"]["mean_dice"] for line in scored]
         _draw_curve(axes[1], scored, means, label="mean", color="black", linewidth=2)
         axes[1].set(title="validation Dice", xlabel="epoch", ylim=(0, 1))
