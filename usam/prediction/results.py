@@ -16,6 +16,7 @@ import numpy as np
 
 from dataset.files import file_digest, write_json
 from dataset.scans.find import scan_stem
+from dataset.text import counted, printable
 
 PROGRAM = "u-sam.py"
 NNUNET_CHANNEL = "_0000"  # at the end of a scan's name in nnU-Net's layout
@@ -152,8 +153,8 @@ def measured(voxels: int, voxel_ml: float | None) -> dict[str, Any]:
 def measured_text(row: Mapping[str, Any]) -> str:
     """A class for the terminal: liver 1402.5 ml, or its voxels where their volume is unknown."""
     if row["volume_ml"] is None:
-        return f"{row['name']} {row['voxels']:,} voxels"
-    return f"{row['name']} {row['volume_ml']:.1f} ml"
+        return f"{printable(row['name'])} {counted(row['voxels'], 'voxel')}"
+    return f"{printable(row['name'])} {row['volume_ml']:.1f} ml"
 
 
 def with_warnings(text: str, scan: str, warnings: Iterable[str]) -> str:

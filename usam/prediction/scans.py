@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dataset.files import sweep
 from dataset.scans.find import find_scans
-from dataset.text import counted
+from dataset.text import counted, printable
 from usam.prediction.results import ResultFiles, result_names, without_results
 from usam.runtime.processes import is_main, rank, reduce_sum, say, world_size
 
@@ -74,9 +74,9 @@ def predict_each(
                 if len(scans) == 1:
                     raise problem from error
                 failed += 1
-                tqdm.write(f"u-sam.py: error: {problem}", file=sys.stderr)
+                tqdm.write(f"u-sam.py: error: {printable(problem)}", file=sys.stderr)
             else:
-                tqdm.write(text)
+                tqdm.write(printable(text, keep="\n"))
     if number := int(reduce_sum(torch.tensor(failed, device=device))):
         raise ValueError(f"{number} of {len(scans)} scans were not segmented; see the errors above")
 

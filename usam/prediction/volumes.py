@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataset.crops import click_origin
 from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
-from dataset.text import counted
+from dataset.text import counted, printable
 from usam.models.sam_med3d import THRESHOLD
 from usam.prediction.planes import draw_objects
 from usam.prediction.prompts import read_prompts, volume_prompts_of
@@ -166,7 +166,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _warnings(row: Mapping[str, Any]) -> list[str]:
     """What a user should know of an object, a line each."""
-    name, lines = row["name"], []
+    name, lines = printable(row["name"]), []
     if row.get("box") == "centre clicked":
         lines.append(
             f"{name}: this checkpoint does not support boxes; used the box centre as a click"
