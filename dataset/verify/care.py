@@ -1,6 +1,6 @@
-"""What can be wrong or odd about a CARE release: its npz slices, its CSVs, and both together.
+"""Faults of a CARE release: its npz slices, its CSVs, and both together.
 
-`verify` runs these; files are read by dataset.rectum, as for training.
+Files are read by dataset.care, as for training.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from dataset import care as rectum
+from dataset.files import array_digest
 from dataset.scans.read import read_scan
 from dataset.verify.scans import (
     Checked,
     Finding,
     check_counts,
     compare_cases,
-    fingerprint,
     relative,
 )
 
@@ -36,29 +36,29 @@ class SliceJob:
 
 
 def care_jobs(root: Path) -> tuple[list[SliceJob], list[Finding]]:
-    """The slices found, and what the CSVs say wrongly: bad rows, ids without a file, no row."""
+    """The slices found, and the CSVs' faults: bad rows, ids without a file, no row."""
     jobs, findings = [], []
     for split in ("train", "test"):
         folder, table = root / split / f"{split}_npz", root / split / f"{split}_bbox.csv"
         if not folder.is_dir() and not table.is_file():
-            findings.append(Finding("odd", split, "no such split in this release"))
+            findings.append(Finding("warning", split, "no such split in this release"))
             continue
         boxes = None
         try:
             boxes = rectum.read_boxes(table)
         except FileNotFoundError:
-            findings.append(Finding("wrong", relative(table, root), "is missing"))
+            findings.append(Finding("error", relative(table, root), "is missing"))
         except (ValueError, OSError) as error:
             text = str(error).removeprefix(str(table)).lstrip(":, ")
-            findings.append(Finding("wrong", relative(table, root), text))
+            findings.append(Finding("error", relative(table, root), text))
         files = sorted(folder.glob("*.npz")) if folder.is_dir() else []
         present = {file.stem for file in files}
         for name in sorted((boxes or {}).keys() - present):
             what = f"names {name!r}, but {folder.name} has no such npz"
-            findings.append(Finding("wrong", relative(table, root), what))
+            findings.append(Finding("error", relative(table, root), what))
         for file in files:
             if boxes is not None and file.stem not in boxes:
-                findings.append(Finding("wrong", relative(file, root), f"is not in {table.name}"))
+                findings.append(Finding("error", relative(file, root), f"is not in {table.name}"))
             jobs.append(SliceJob(file, root, split, (boxes or {}).get(file.stem)))
     return jobs, findings
 
@@ -71,18 +71,18 @@ def check_slice(job: SliceJob) -> Checked:
         image, label = rectum.read_slice(job.path)
         stored = read_scan(job.path).array
     except (ValueError, OSError) as error:
-        checked.wrong(error)
+        checked.error(error)
         return checked
-    checked.fingerprint = fingerprint(image)
+    checked.fingerprint = array_digest(image)
     counts = np.bincount(label.ravel(), minlength=3)
     check_counts(checked, counts, may_be_empty=job.box is None)
     low, high = float(stored.min()), float(stored.max())
     if low == high:
-        checked.odd(f"every pixel is {low:g}")
+        checked.warning(f"every pixel is {low:g}")
     elif low < STORED_HU[0] or high > STORED_HU[1]:
-        checked.odd(f"values {low:g} to {high:g}; the release's lie about 0 to 1")
+        checked.warning(f"values {low:g} to {high:g}; the release's lie about 0 to 1")
     if job.box is not None and not (min(job.box) >= 0 and max(job.box) <= max(image.shape)):
-        checked.odd(f"its box {list(job.box)} leaves the image of {image.shape}")
+        checked.warning(f"its box {list(job.box)} leaves the image of {image.shape}")
     return checked
 
 

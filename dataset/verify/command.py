@@ -1,6 +1,6 @@
-"""Reads a whole data set and lists what is wrong and what is odd: python -m dataset.verify DIR.
+"""Reads a whole data set and lists errors and warnings: python -m dataset.verify DIR.
 
-Works on raw layouts and on prepared stores, changes nothing, and ends with 1 if something is wrong.
+Works on raw layouts and on prepared stores, changes nothing, and ends with 1 after an error.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from typing import Any
 
 from dataset.parallel import default_workers, each_case
 from dataset.prepare.sources import LAYOUTS, Source, find_source, guess_layout
-from dataset.store.volumes import FORMAT
+from dataset.store.slices import SliceStore
+from dataset.store.volumes import FORMAT, VolumeStore
+from dataset.text import counted, printable
 from dataset.verify.care import check_care
 from dataset.verify.scans import Checked, Finding, ScanJob, check_scan, compare_cases, relative
-from dataset.verify.slices import check_store
-from dataset.verify.volumes import check_volume_store
+from dataset.verify.stores import check_store
+
+STORES = {"store": SliceStore, "volumes": VolumeStore}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m dataset.verify",
-        description="List what is wrong or odd in a raw data set or a prepared store."
-        " Exit code 0: nothing wrong; 1: something is; 2: DIR cannot be checked.",
+        description="List errors and warnings of a raw data set or a prepared store."
+        " Exit code 0: no error; 1: errors; 2: DIR cannot be checked.",
     )
     parser.add_argument("dir", type=Path, help="folder of a raw data set or of a store")
     parser.add_argument(
-        "--source", choices=(*LAYOUTS, "store", "volumes"), help="layout; found out if left out"
+        "--source", choices=(*LAYOUTS, *STORES), help="layout of DIR; detected by default"
     )
     parser.add_argument("--labels", type=Path, help="folder: the labels, DIR being the images")
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
@@ -41,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the command: 0 nothing wrong, 1 something wrong, 2 nothing to check."""
+    """Exit code of the command: 0 no error, 1 errors, 2 nothing to check."""
     args = build_parser().parse_args(arguments)
     try:
         layout, findings, files = verify(
@@ -54,22 +57,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"verify: error: {error}", file=sys.stderr)
         return 2
-    levels = {level: [f for f in findings if f.level == level] for level in ("wrong", "odd")}
+    levels = {level: [f for f in findings if f.level == level] for level in ("error", "warning")}
     if args.json:
         print(json.dumps(_as_json(args.dir, layout, files, levels), indent=1))
     else:
         for finding in findings:
-            print(f"{finding.level:<6} {finding.file}: {finding.what}")
-        wrong, odd = (len(found) for found in levels.values())
-        print(f"{layout}, {files} cases or slices read: {wrong} wrong, {odd} odd")
-    return 1 if levels["wrong"] else 0
+            print(printable(f"{finding.level:<8}{finding.file}: {finding.what}"))
+        totals = " and ".join(counted(len(found), level) for level, found in levels.items())
+        read = counted(files, "slice" if layout == "care" else "case")
+        print(f"{layout}: {read} read, {totals}")
+    return 1 if levels["error"] else 0
 
 
 def _as_json(
     folder: Path, layout: str, files: int, levels: dict[str, list[Finding]]
 ) -> dict[str, Any]:
     listed = {
-        level: [{"file": finding.file, "what": finding.what} for finding in found]
+        f"{level}s": [{"file": finding.file, "what": finding.what} for finding in found]
         for level, found in levels.items()
     }
     return {"folder": str(folder), "layout": layout, "read": files, **listed}
@@ -98,15 +102,13 @@ def verify(
         for job, result in sorted(results, key=lambda pair: order[pair[0]]):
             yield result if isinstance(result, Checked) else _unreadable(job, result)
 
-    if layout == "store":
-        findings, files = check_store(folder, run)
-    elif layout == "volumes":
-        findings, files = check_volume_store(folder, run)
+    if layout in STORES:
+        findings, files = check_store(STORES[layout], folder, run)
     elif layout == "care":
         findings, files = check_care(folder, run)
     else:
         findings, files = _check_scans(layout, folder, labels, channel, run)
-    return layout, sorted(findings, key=lambda f: (f.level != "wrong", f.file, f.what)), files
+    return layout, sorted(findings, key=lambda f: (f.level != "error", f.file, f.what)), files
 
 
 def stored_as(folder: Path) -> str | None:
@@ -122,7 +124,7 @@ def stored_as(folder: Path) -> str | None:
 
 def _unreadable(job: Any, error: Exception) -> Checked:
     checked = Checked(str(job), "", str(getattr(job, "path", job)))
-    checked.wrong(error)
+    checked.error(error)
     return checked
 
 
@@ -140,7 +142,7 @@ def _check_scans(
         source = find_source(layout, folder, labels=labels, channel=channel)
     except ValueError as error:
         text = str(error).removeprefix(f"{folder}/")
-        return [Finding("wrong", text.partition(":")[0], text.partition(":")[2].strip())], 0
+        return [Finding("error", text.partition(":")[0], text.partition(":")[2].strip())], 0
     num_classes = len(source.classes) if source.classes else None
     is_ct = source.window != "percentile"
     jobs = [ScanJob(case, source.root, num_classes, is_ct) for case in source.cases]
@@ -153,8 +155,8 @@ def _check_scans(
 
 def _unpaired(source: Source) -> Iterator[Finding]:
     for path in source.unmatched:
-        yield Finding("wrong", relative(path, source.root), "label without an image of its name")
+        yield Finding("error", relative(path, source.root), "label without an image of its name")
     for path in source.unlabelled:
         # Releases keep the labels of test scans back; elsewhere a label has been lost.
-        level = "odd" if path.parent.name.endswith("Ts") else "wrong"
+        level = "warning" if path.parent.name.endswith("Ts") else "error"
         yield Finding(level, relative(path, source.root), "image without a label of its name")

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dataset.prepare.command import main as prepare
@@ -40,7 +41,7 @@ def clean(tmp_path_factory) -> Path:
 def test_sound_data_pass(clean, layout, count, capsys):
     assert verify(clean / layout) == (layout, [], count)
     assert main([str(clean / layout), "--workers", "1"]) == 0
-    assert "0 wrong, 0 odd" in capsys.readouterr().out
+    assert "0 errors and 0 warnings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -49,7 +50,7 @@ def test_a_planted_fault_is_found(clean, tmp_path, name):
     root = tmp_path / layout
     shutil.copytree(clean / layout, root)
     plant(root)
-    findings = [found for found in verify(root)[1] if found.level == "wrong"]
+    findings = [found for found in verify(root)[1] if found.level == "error"]
     found = [(finding.file, finding.what) for finding in findings]
     assert any(file in where and re.search(text, what) for where, what in found), found
     assert all("\n" not in what for _, what in found)
@@ -57,12 +58,12 @@ def test_a_planted_fault_is_found(clean, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ODDITIES)
-def test_an_oddity_is_told_and_is_no_fault(clean, tmp_path, name, capsys):
+def test_a_warning_is_no_error(clean, tmp_path, name, capsys):
     plant, file, text = ODDITIES[name]
     shutil.copytree(clean / "word", tmp_path / "word")
     plant(tmp_path / "word")
     findings = verify(tmp_path / "word")[1]
-    assert [finding.level for finding in findings] == ["odd"] * len(findings)
+    assert [finding.level for finding in findings] == ["warning"] * len(findings)
     assert any(finding.file == file and text in finding.what for finding in findings), findings
 
 
@@ -74,8 +75,8 @@ def test_json_lists_the_same(clean, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["layout"] == "word"
     assert report["read"] == 5
-    assert [row["file"] for row in report["wrong"]] == [IMAGE]
-    assert report["odd"] == []
+    assert [row["file"] for row in report["errors"]] == [IMAGE]
+    assert report["warnings"] == []
 
 
 def test_what_cannot_be_checked_ends_with_two(tmp_path, capsys):
@@ -100,4 +101,34 @@ def test_nothing_is_changed(clean):
 def test_real_scans_are_sound(shared_data):
     for folder in (shared_data / "word", shared_data / "care"):
         findings = verify(folder)[1]
-        assert [finding for finding in findings if finding.level == "wrong"] == []
+        assert [finding for finding in findings if finding.level == "error"] == []
+
+
+def test_arrays_of_another_run_are_found(clean, tmp_path):
+    """Each file of a store made with another window, put by hand into the store."""
+    arguments = ["--input", str(clean / "word"), "--output", str(tmp_path / "other")]
+    assert prepare(["word", *arguments, "--workers", "1", "--window", "bone", "--seed", "2"]) == 0
+    names = [f"cases/word_0001.{end}" for end in ("image.npy", "json")] + ["index.json"]
+    for name in names:
+        store = tmp_path / name.replace("/", "_")
+        shutil.copytree(clean / "store", store)
+        shutil.copy(tmp_path / "other" / name, store / name)
+        found = [finding for finding in verify(store)[1] if finding.level == "error"]
+        assert any(text in f.what for f in found for text in ("index", "record")), (name, found)
+
+
+def test_a_window_that_does_not_suit_the_scans_is_a_warning(clean, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(clean / "store", store)
+    index = json.loads((store / "index.json").read_text(encoding="utf-8"))
+    first, second = sorted((store / "cases").glob("*.image.npy"))[:2]
+    np.save(first, np.load(first) // 128)
+    white = np.full_like(np.load(second), 255)
+    white[0, 0, :20] = np.arange(20)
+    np.save(second, white)
+    for case in index["cases"]:
+        del case["digests"]
+    (store / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = [f.what for f in verify(store)[1] if f.level == "warning"]
+    assert "2 grey values only; does the window suit the scan?" in found
+    assert any("of all pixels above black are white" in what for what in found), found

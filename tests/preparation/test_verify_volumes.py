@@ -80,7 +80,7 @@ FAULTS = {
 
 def test_a_sound_store_passes(clean, capsys):
     assert main([str(clean), "--workers", "1"]) == 0
-    assert "volumes, 3 cases or slices read: 0 wrong, 0 odd" in capsys.readouterr().out
+    assert "volumes: 3 cases read, 0 errors and 0 warnings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -91,13 +91,13 @@ def test_a_planted_fault_is_found(clean, tmp_path, name):
     plant(store)
     layout, findings, _ = verify(store)
     assert layout == "volumes"
-    assert any(f.level == "wrong" and wanted in f.what for f in findings), findings
+    assert any(f.level == "error" and wanted in f.what for f in findings), findings
 
 
-def test_a_constant_image_and_a_stray_file_are_odd(clean, tmp_path):
+def test_a_constant_image_and_a_stray_file_are_warnings(clean, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(clean, store)
     array(lambda image: image.fill(7), "image")(store)
     (store / "cases" / "stray.npy").write_bytes(b"")
-    found = [f.what for f in verify(store)[1] if f.level == "odd"]
+    found = [f.what for f in verify(store)[1] if f.level == "warning"]
     assert found == ["every voxel is 7", "is not in the index"]

@@ -18,7 +18,7 @@ from dataset.files import write_json
 from dataset.splits import split_table
 from dataset.store.slices import write_case, write_index
 from dataset.store.volumes import write_volume, write_volume_index
-from dataset.verify.slices import check_store
+from dataset.verify.stores import check_store
 
 
 def made_in_memory(make: Callable[[Path], None], name: str) -> Any:
@@ -83,8 +83,8 @@ def verified(folder: Path) -> Any:
     def run(work: Callable[[Any], Any], jobs: Any) -> Any:
         return map(work, jobs)
 
-    findings, _ = check_store(folder, run)
-    wrong = [finding for finding in findings if finding.level == "wrong"]
+    findings, _ = check_store(SliceStore, folder, run)
+    wrong = [finding for finding in findings if finding.level == "error"]
     if wrong:
         raise ValueError(f"{wrong[0].file}: {wrong[0].what}")
     return findings
