@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from dataset.errors import INPUT_ERRORS, reason
+
 Job = TypeVar("Job")
 
 
@@ -28,7 +30,7 @@ def default_workers() -> int:
 def each_case(
     work: Callable[[Job], Any], jobs: Sequence[Job], *, workers: int, title: str
 ) -> Iterator[tuple[Job, Any]]:
-    """(job, result) of every job as it ends; a ValueError or OSError is the result if it raised.
+    """(job, result) of every job as it ends; for bad input the result is a ValueError or OSError.
 
     workers=1 runs here, one after the other. Raises ValueError if a worker process is killed.
     """
@@ -58,8 +60,7 @@ def _in_pool(
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise ValueError(
-            "a worker process was killed, for want of memory perhaps; run again with fewer"
-            " --workers"
+            "a worker process was killed, possibly out of memory; run again with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -68,8 +69,8 @@ def _in_pool(
 def _guarded(work: Callable[[Job], Any], job: Job) -> Any:
     try:
         return work(job)
-    except (ValueError, OSError) as error:
-        return error
+    except INPUT_ERRORS as error:
+        return error if isinstance(error, ValueError | OSError) else ValueError(reason(error))
 
 
 def _die_with_parent() -> None:

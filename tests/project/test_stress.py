@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.stress import cost, counts, files, ranks, resume, saves
+from tests.stress import cost, counts, files, flags, ranks, resume, saves
 from tests.stress.digest import PARTS, leaves, state_digest
 from tests.stress.hostile.kinds import Kind
 from tests.stress.injector import Injector, Moment, in_a_child, raising, wait_for
@@ -45,6 +45,11 @@ def test_power_cuts_while_saving_leave_a_readable_file() -> None:
 def test_broken_and_hostile_files_are_read_or_refused() -> None:
     (row,) = files.run_files(600)
     assert_good(row)
+
+
+def test_drawn_command_lines_are_refused_or_understood() -> None:
+    for row in (flags.run_lines(400), flags.run_processes(2)):
+        assert_good(row)
 
 
 def test_evaluation_counts_are_those_of_one_process() -> None:

@@ -224,7 +224,7 @@ def test_an_evaluation_ends_early_only_when_asked() -> None:
         assert sum(len(batch["id"]) for batch in Watched(loader, stop)) == 7
 
 
-def test_workers_sit_out_signals_to_the_whole_group_but_end_with_their_process() -> None:
+def test_workers_ignore_stop_signals_to_the_whole_group_but_end_with_their_process() -> None:
     loader = loader_for(Slices(40), 2, batch_size=2)
     batches = iter(loader)
     workers = [worker.pid for worker in batches._workers]  # which have hardly started

@@ -1,6 +1,6 @@
 """The full counts by one command: python -m tests.stress [PART ...] [--sample], a table in the end.
 
-Parts: saves, files, counts, ranks, resume, cost, headers. Ends with 1 if a figure is not as wanted.
+Ends with 1 if a figure is not as wanted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 from tests.stress.rows import Row, machine, summary  # noqa: E402
 
-PARTS = ("saves", "files", "counts", "ranks", "resume", "cost", "headers")
+PARTS = ("saves", "files", "counts", "ranks", "resume", "cost", "headers", "flags")
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Command lines drawn at random: each is refused in one line or runs, and never more processes.
 
-All go through the parser and its checks in this process; some are real processes of u-sam.py on a
-tiny store, with a time limit each, their processes counted while they run.
+All go through the parser and its checks in this process; some are processes of u-sam.py on a tiny
+store, with a time limit each, their processes counted while they run.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ import io
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import nibabel as nib
-import numpy as np
-
-from tests.helpers.layouts import slice_store
+from tests.stress.flag_files import TINY, Known, make_checkpoint, make_known, plain_environment
 from tests.stress.rows import Row
-from tests.stress.tiny_run import SCRIPT, alive_in_session
+from tests.stress.tiny_run import SCRIPT, alive_in_session, warm_up
 from usam.cli.choices import MODELS
 from usam.cli.flags import FLAGS, MED3D, USAM, Flag
 from usam.cli.parser import fill_defaults, parse_flags
@@ -36,6 +34,7 @@ MAX_SECONDS = 2.0  # of computing for a line in this process
 MAX_WALL = 150  # seconds for a real process, on a shared machine
 MEMORY = 6 << 30  # bytes of address space for a real process
 MAX_LINE = 1000  # characters of a refusal
+OWN_PYTHON = 20  # of so many processes one starts Python itself; the others are forked
 # Values that no flag, or few, can take. {} stands for a number drawn at random.
 ODD = (
     "", " ", "--", "-", "---", "-1", "-0", "0", "1", "-1e3", "1e20", "1e400", "-inf", "nan", "inf",
@@ -46,18 +45,6 @@ ODD = (
     "$HOME", "*", "'", '"', "\\", "=1+1", "@file", "tcp://a:b", "file://", "--epochs", "--eval",
 )  # fmt: skip
 EXTRA = ("-h1", "-", "--", "x", "--=", "--=1", "-x", "--no_such", "--epochs=", "--eval=1", "--ép")
-# Of real runs: nothing large, long or from the network. Given last, so that they win.
-TINY = (
-    "--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "32", "--device", "cpu",
-    "--amp", "off", "--compile", "off", "--epochs", "1", "--batch_size", "4", "--num_workers", "0",
-)  # fmt: skip
-
-
-class Known(NamedTuple):
-    """Values with which flags do something, in a folder of their own."""
-
-    folder: Path
-    values: dict[str, tuple[str, ...]]
 
 
 def run(*, full: bool) -> list[Row]:
@@ -206,11 +193,13 @@ def run_processes(number: int, seed: int = 17) -> Row:
         folder = Path(name)
         known = make_known(folder)
         make_checkpoint(folder)
+        warm_up()
         while len(verdicts) < number:
             words = draw_run(draw, known)
             if words is None:
                 continue
-            verdicts.append(judge_process(words, folder))
+            own = len(verdicts) % OWN_PYTHON == 0
+            verdicts.append(judge_process(words, folder, fork=not own))
             if verdicts[-1] not in ("refused", "ran"):
                 row.faults.append(f"{verdicts[-1]}: {short(words)}")
     row.note = f"{verdicts.count('ran'):,} ran to the end"
@@ -253,102 +242,83 @@ def draw_fitting(draw: random.Random, known: Known) -> list[str]:
     return words
 
 
-def judge_process(words: Sequence[str], folder: Path) -> str:
-    """ "refused", "ran", or what was wrong with a process of u-sam.py that got these words."""
+def judge_process(words: Sequence[str], folder: Path, *, fork: bool) -> str:
+    """ "refused", "ran", or what was wrong with a process of u-sam.py that got these words.
+
+    fork: a child of this process, which has imported everything; else a Python of its own.
+    """
     place = folder / "run"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(folder / "given", place)
-    command = [sys.executable, str(SCRIPT), *words, *TINY, "--output_dir", "out"]
+    words = [*words, *TINY, "--output_dir", "out"]
     if "--model" not in words:
-        command += ["--dataset", "store", "--data_root", str(folder / "store")]
-    with (place / "stdout").open("wb") as out, (place / "stderr").open("wb") as err:
-        process = subprocess.Popen(
-            command, cwd=place, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-            start_new_session=True, preexec_fn=lower, env=plain_environment(),
-        )  # fmt: skip
-        most, until = 0, time.monotonic() + MAX_WALL
-        while process.poll() is None and time.monotonic() < until:
-            most = max(most, len(alive_in_session(process.pid)))
-            time.sleep(0.05)
-        late = process.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if late:
+        words += ["--dataset", "store", "--data_root", str(folder / "store")]
+    child = begin(words, place, fork=fork)
+    most, until, status = 0, time.monotonic() + MAX_WALL, None
+    while status is None and time.monotonic() < until:
+        most = max(most, len(alive_in_session(child)))
+        time.sleep(0.02)
+        status = ended(child)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if status is None:
+        os.waitpid(child, 0)
         return f"took over {MAX_WALL} s"
     if most > 1:  # --num_workers 0
         return f"{most} processes"
     texts = [(place / name).read_text(errors="replace") for name in ("stdout", "stderr")]
     if any("Traceback" in text for text in texts):
         return f"traceback: {texts[1].strip().splitlines()[-1:]!r:.200}"
-    if process.returncode == 0:
+    if status == 0:
         return "ran"
     lines = [line for line in texts[1].splitlines() if line.startswith("u-sam.py: error: ")]
-    if process.returncode != 2 or len(lines) != 1 or not is_one_line(lines[0]):
-        return f"code {process.returncode}, {len(lines)} errors: {texts[1][-200:]!r}"
+    if status != 2 or len(lines) != 1 or not is_one_line(lines[0]):
+        return f"code {status}, {len(lines)} errors: {texts[1][-200:]!r}"
     return "refused"
 
 
-def lower() -> None:
-    """Let a real process have what a small run needs, after everybody else."""
-    os.nice(15)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def begin(words: Sequence[str], place: Path, *, fork: bool) -> int:
+    """The number of a process that is `python u-sam.py words` in the folder `place`."""
+    if child := os.fork():
+        return child
+    try:
+        os.setsid()
+        os.chdir(place)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o644), number)
+        os.nice(15)
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        limit = used * resource.getpagesize() + MEMORY if fork else MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        if not fork:
+            os.execve(sys.executable, [sys.executable, str(SCRIPT), *words], plain_environment())
+        os._exit(be_main(words))
+    finally:
+        os._exit(99)
 
 
-def plain_environment() -> dict[str, str]:
-    """This process's variables without a launcher's, and with one thread."""
-    others = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_", "OMPI_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+def be_main(words: Sequence[str]) -> int:
+    """Be u-sam.py in this forked process; its exit code."""
+    os.environ.update(plain_environment())
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = [str(SCRIPT), *words]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
-# ---------------------------------------------------------------------------------- material
-
-
-def make_known(folder: Path) -> Known:
-    """Files that flags may name, under names without a folder, and other fitting values."""
-    given = folder / "given"
-    given.mkdir(parents=True)
-    volume = np.random.default_rng(1).integers(-1000, 400, (12, 12, 4)).astype(np.int16)
-    nib.save(nib.Nifti1Image(volume, np.diag([-2.0, -2, 3, 1])), given / "scan.nii.gz")
-    prompts = {
-        "good.json": '{"point": [[3, 4, 1]]}',
-        "long.json": f'{{"point": [[{"9" * 401}, 4, 1]]}}',
-        "longer.json": f'{{"point": [[{"9" * 5000}, 4, 1]]}}',
-        "deep.json": "[" * 50_000,
-        "cut.json": '{"point": [[3,',
-        "text.json": "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
-    }
-    for name, text in prompts.items():
-        (given / name).write_text(text, encoding="utf-8")
-    (given / "folder").mkdir()
-    (given / "broken.pth").write_bytes(b"PK\x03\x04 cut short")
-    files = ("scan.nii.gz", "broken.pth", "best.pth", "folder", "good.json")
-    return Known(folder, {
-        "predict": ("scan.nii.gz", "folder", "good.json", "nowhere"),
-        "resume": ("best.pth", "best.pth", "broken.pth", "auto", "scan.nii.gz", "folder"),
-        "prompts": tuple(prompts),
-        "init": files, "lora_weight": files, "init_mask": files, "merge": ("folder", "."),
-        "sam_weight": ("none", "broken.pth", "nowhere.pth"), "data_root": ("folder", "nowhere"),
-        "export_lora": ("lora.pth", "lora.safetensors", "lora.txt", "best.pth"),
-        "output_dir": ("out", "folder"), "device": ("cpu", "cuda", "mps", "auto", "gpu"),
-        "window": ("-160", "240", "percentile", "liver", "240 -160"), "classes": ("a", "b"),
-        "empty": ("keep", "drop", "50%"), "foreground_share": ("33%",), "ema": ("0.9",),
-        "prompt_jitter": ("3", "2%"), "class_weights": ("none", "balanced", "1,2,3", "1,2"),
-        "dist_url": ("env://", "tcp://127.0.0.1:1", "nowhere"), "val_fraction": ("0", "0.34"),
-        "img_size": ("32", "48"), "num_workers": ("0", "1"), "seed": ("1", str(2**63 - 1)),
-        "world_size": ("1", "2", "4096"), "fold": ("0", "1"),
-    })  # fmt: skip
-
-
-def make_checkpoint(folder: Path) -> None:
-    """A tiny store, and the best.pth of a run on it among the given files."""
-    slice_store(folder / "store", train=4, side=32, num_slices=4, test=1)
-    command = [sys.executable, str(SCRIPT), *TINY, "--dataset", "store", "--data_root",
-               str(folder / "store"), "--output_dir", str(folder / "first")]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, env=plain_environment(), timeout=600)
-    shutil.copy(folder / "first" / "best.pth", folder / "given" / "best.pth")
+def ended(child: int) -> int | None:
+    """The exit code of a child, minus the signal that killed it, or None while it runs."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
 
 
 def short(words: Sequence[str]) -> str:

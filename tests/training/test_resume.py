@@ -167,7 +167,7 @@ def test_every_argument_of_a_checkpoint_is_compared_or_free(trained: Path) -> No
     assert saved["args"].keys() <= known
     words = [word for name in flags.DEFAULTS["u-sam"] for word in given(name, saved["args"])]
     words += ["--device", "cpu", "--amp", "off", "--num_workers", "0", "--resume", "last.pth"]
-    decisive = flags.DEFAULTS["u-sam"].keys() - flags.NOT_DECISIVE
+    decisive = flags.DEFAULTS["u-sam"].keys() & flags.DECISIVE
     for kind, names in CHANGED.items():
         for name in saved["args"].keys() & names:
             value = names[name]

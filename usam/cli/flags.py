@@ -101,7 +101,8 @@ FLAGS = (
     Flag("empty", "data",
          "training slices without foreground: keep all, drop all, or keep N%",
          share, model=USAM, metavar="keep|drop|N%", shown="keep; word: drop", resume="decisive"),
-    Flag("num_workers", "data", "DataLoader workers per process; threads in prediction",
+    Flag("num_workers", "data",
+         "DataLoader workers per process, for training and for validation; threads in prediction",
          whole(0, MAX_WORKERS), default=2, metavar="N"),
     # ----------------------------------------------------------------------------------- model
     Flag("model", "model", "model: u-sam segments slices, sam-med3d clicked objects in volumes",
@@ -289,4 +290,5 @@ DEFAULTS = {
     model: {flag.name: flag.default_of(model) for flag in FLAGS if flag.resume and flag.fits(model)}
     for model in MODELS
 }
-NOT_DECISIVE = tuple(flag.name for flag in FLAGS if flag.resume == "kept")
+# Of a resumed training: another value changes the result.
+DECISIVE = frozenset(flag.name for flag in FLAGS if flag.resume in ("decisive", "model"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from usam.runtime.samplers import ClassBalancedSampling, EvaluationShard, TrainingBatches
-from usam.runtime.signals import signals_held, sit_out_signals
+from usam.runtime.signals import ignore_stop_signals, signals_blocked
 
 Batch = dict[str, Any]
 UNREADABLE = "unreadable"  # in an item: why another one replaces it; in a batch: all such reasons
@@ -19,19 +19,19 @@ READ_ERRORS = (OSError, ValueError, EOFError)
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers sit out the signals that ask a run to stop, from their start."""
+    """A DataLoader whose workers ignore the signals that ask a run to stop, from their start."""
 
     def __iter__(self) -> Iterator[Any]:
-        with signals_held():
+        with signals_blocked():
             return super().__iter__()
 
 
-def loader_for(data: Dataset, num_workers: int, **how: Any) -> DataLoader:
-    """A loader over `data`; `how` names the sampler or batch sampler."""
+def loader_for(data: Dataset, num_workers: int, **options: Any) -> DataLoader:
+    """A loader over `data`; options, such as a sampler or a batch sampler, as for DataLoader."""
     return Loader(
         data, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0, generator=torch.Generator(),
-        worker_init_fn=sit_out_signals, **how,
+        worker_init_fn=ignore_stop_signals, **options,
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ class Watched:
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """A context in which the signals are blocked, also in processes started within it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -158,12 +158,12 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def sit_out_signals(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Make a DataLoader worker ignore signals that are sent to the whole process group.
 
     Batch systems signal whole process groups; a worker that ended would end the run unsaved. Only
     its own process may end it by SIGTERM, as torch does with one that hangs at exit. The worker
-    was started within `signals_held`.
+    was started within `signals_blocked`.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not say which process sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dataset.files import write_text
-from usam.cli.flags import DEFAULTS, NOT_DECISIVE
+from usam.cli.flags import DECISIVE, DEFAULTS
 from usam.runtime.processes import say
 from usam.weights.checkpoint_parts import PLAIN
 
@@ -78,7 +78,7 @@ def check_unchanged(args: Namespace, saved: Mapping[str, Any], facts: Mapping[st
             f"{args.resume} holds weights only; resume from last.pth, or evaluate it with --eval"
         )
     before = {"arguments": saved["args"], "data": saved["data"], **saved.get("manifest", {})}
-    decisive = DEFAULTS[args.model].keys() - NOT_DECISIVE
+    decisive = DEFAULTS[args.model].keys() & DECISIVE
     result, rest = differences(before, facts, decisive)
     if result and not args.override:
         raise ValueError(
