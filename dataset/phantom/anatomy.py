@@ -1,7 +1,7 @@
-"""A stand-in for CT scans: real anatomy from label maps, with intensities drawn by organ.
+"""CT slices drawn over real label maps: the shapes are real, the intensities are drawn by organ.
 
-`python -m dataset.prepare anatomy` makes a slice store of any folder of label NIfTIs with it. For
-claims about training where no scans may be had; the pictures are drawn, only the shapes are real.
+`python -m dataset.prepare anatomy` makes a slice store from a folder of label maps, for trials
+where real scans are not available.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def draw_case(job: Job) -> Entry:
     """The index entry of a patient drawn from a label map, with the arrays written."""
     volume = to_canonical(read_label(job.label, len(job.names) + 1))
     if volume.spacing is None or not volume.slices.any():
-        raise ValueError(f"{job.label}: wanted a label map with a spacing and a label in it")
+        raise ValueError(f"{job.label}: expected a label map with a voxel size and some label")
     rng = np.random.default_rng((job.seed, zlib.crc32(job.file.encode())))
     image, mask, affine = draw(volume, job.names, rng)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
@@ -129,9 +129,7 @@ def draw(
     starts = np.arange(labelled[0], labelled[-1] - step + 2, step)
     if not len(starts):
         height = len(volume.slices) * volume.spacing[0]
-        raise ValueError(
-            f"labels over {height:g} mm are too low a stack for slices of {THICKNESS:g} mm"
-        )
+        raise ValueError(f"labels span {height:g} mm, too little for slices of {THICKNESS:g} mm")
     box, body = _field_of_view(volume, rng)
     side = round(box[2] / PIXEL)
     height = (len(starts) * step + 1) * volume.spacing[0]

@@ -1,7 +1,6 @@
 """CT volumes of bellies drawn from a seed, with eight organs labelled, as a volume store.
 
-`--dataset phantom3d` builds it on first use, so that SAM-Med3D runs without any data; tests and
-the README's figures use it too.
+`--dataset phantom3d` draws it on first use, so that SAM-Med3D runs without any data.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from dataset.phantom.drawn import open_drawn
 from dataset.store.folder import new_store
 from dataset.store.volumes import VolumeStore, write_volume, write_volume_index
 
@@ -60,25 +60,10 @@ NOISE = 14.0  # HU
 
 
 def open_store(data_root: Path | str, **recipe: int) -> VolumeStore:
-    """The drawn volumes below data_root, drawn there first where missing or out of date.
-
-    recipe: keyword arguments of `build`. Volumes drawn by this version with the values named in
-    recipe are used as they are. Raises ValueError where data_root holds something else.
-    """
-    folder = Path(data_root)
-    if (folder / "index.json").is_file():
-        store = VolumeStore(folder)
-        found = store.index.get("recipe")
-        if store.index.get("dataset") != "phantom3d" or not isinstance(found, dict):
-            raise ValueError(
-                f"phantom3d: {folder} holds another data set; pass another --data_root"
-            )
-        if all(found.get(key) == value for key, value in {"version": VERSION, **recipe}.items()):
-            return store
-        recipe = {key: found[key] for key in found if key != "version"} | recipe
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"phantom3d: {folder} holds other files; pass an empty or new --data_root")
-    return VolumeStore(build(folder, **recipe))
+    """The drawn volumes below data_root, drawn there first where missing; see `open_drawn`."""
+    return open_drawn(
+        "phantom3d", Path(data_root), VolumeStore, build, version=VERSION, recipe=recipe
+    )
 
 
 def build(
@@ -97,10 +82,10 @@ def build(
     """
     counts = {"train": train_cases, "val": val_cases, "test": test_cases}
     if min(counts.values()) < 0 or not any(counts.values()):
-        raise ValueError(f"phantom3d: at least one case is wanted, found {counts}")
+        raise ValueError(f"phantom3d: expected at least one case, found {counts}")
     folder = Path(folder)
     recipe = {"version": VERSION, "seed": seed, **{f"{k}_cases": n for k, n in counts.items()}}
-    wanted = [(split, number) for split, count in counts.items() for number in range(count)]
+    planned = [(split, number) for split, count in counts.items() for number in range(count)]
     cases = []
     text = json.dumps(["phantom3d", recipe], sort_keys=True)
     index = {
@@ -111,7 +96,7 @@ def build(
         "cases": cases,
     }
     with new_store(folder, "drawing the phantom", wait=True) as new:
-        for split, number in tqdm(wanted, desc="drawing volumes", unit="case"):
+        for split, number in tqdm(planned, desc="drawing volumes", unit="case"):
             image, mask = draw_case(split, number, seed=seed)
             name = f"phantom3d_{split}_{number:04d}"
             entry = {"id": name, "split": split, "file": name, "affine": affine().tolist()}

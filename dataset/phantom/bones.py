@@ -1,7 +1,4 @@
-"""The bones of a drawn pelvis: hip joints, wings of the ilium, sacrum and coccyx.
-
-phantom_anatomy puts them into its slices and everything else between them.
-"""
+"""The bones of a drawn pelvis: hip joints, wings of the ilium, sacrum and coccyx."""
 
 from __future__ import annotations
 

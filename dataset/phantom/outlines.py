@@ -1,6 +1,6 @@
 """A patient cut at any height: outlines of skin, fat, muscle, bones, organs, bowel and rectum.
 
-phantom paints them; positions are those of an adult lying on the back.
+Positions are those of an adult lying on the back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One patient drawn at random: sizes, positions and unevenness of all that a slice can show.
-
-phantom draws patients; phantom_anatomy and phantom_bones cut them.
-"""
+"""One patient drawn at random: sizes, positions and unevenness of everything in a slice."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """CT slices of pelves drawn from a seed, with rectum and tumour labelled, as a slice store.
 
-`--dataset phantom` builds it on first use; tests, figures and benchmarks use it as their data.
+`--dataset phantom` draws it on first use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dataset.phantom.drawn import open_drawn
 from dataset.phantom.outlines import cut, table
 from dataset.phantom.patient import draw_anatomy
 from dataset.phantom.shapes import Shape, Tissue
 from dataset.store.folder import Entry, new_store
 from dataset.store.slices import SliceStore, write_case, write_index
+from dataset.text import counted
 
 VERSION = 3  # raised whenever the same seed draws other pictures
 SIZE = 224  # pixels a side, as the CARE release's slices
@@ -75,23 +77,8 @@ HU = {
 
 
 def open_store(data_root: Path | str, **recipe: int) -> SliceStore:
-    """The phantom below data_root, drawn there first where it is missing or out of date.
-
-    recipe: keyword arguments of `build`. A phantom drawn by this version with the values named in
-    recipe is used as it is. Raises ValueError where data_root holds something else.
-    """
-    folder = Path(data_root)
-    if (folder / "index.json").is_file():
-        store = SliceStore(folder)
-        found = store.index.get("recipe")
-        if store.index.get("dataset") != "phantom" or not isinstance(found, dict):
-            raise ValueError(f"phantom: {folder} holds another data set; pass another --data_root")
-        if all(found.get(key) == value for key, value in {"version": VERSION, **recipe}.items()):
-            return store
-        recipe = {key: found[key] for key in found if key != "version"} | recipe
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"phantom: {folder} holds other files; pass an empty or new --data_root")
-    return SliceStore(build(folder, **recipe))
+    """The phantom below data_root, drawn there first where missing; see `open_drawn`."""
+    return open_drawn("phantom", Path(data_root), SliceStore, build, version=VERSION, recipe=recipe)
 
 
 def build(
@@ -110,14 +97,15 @@ def build(
     """
     if min(train_cases, test_cases) < 0 or train_cases + test_cases < 1 or num_slices < 1:
         raise ValueError(
-            "phantom: at least one case of one slice is wanted, found"
-            f" {train_cases} training and {test_cases} test cases of {num_slices} slices"
+            "phantom: expected at least one case of one slice, found"
+            f" {counted(train_cases, 'training case')} and {counted(test_cases, 'test case')} of"
+            f" {counted(num_slices, 'slice')}"
         )
     folder = Path(folder)
-    wanted = [("train", k) for k in range(train_cases)] + [("test", k) for k in range(test_cases)]
+    planned = [("train", k) for k in range(train_cases)] + [("test", k) for k in range(test_cases)]
     cases = []
     with new_store(folder, "drawing the phantom", wait=True) as new:
-        for split, number in tqdm(wanted, desc="drawing phantom", unit="case"):
+        for split, number in tqdm(planned, desc="drawing phantom", unit="case"):
             entry, image, mask = draw_case(split, number, seed=seed, num_slices=num_slices)
             cases.append(write_case(new, entry, image, mask))
         facts = describe(seed, train_cases, test_cases, num_slices)

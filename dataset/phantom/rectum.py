@@ -1,7 +1,4 @@
-"""The rectum of a drawn pelvis: a curved tube with contents and, on one side, a tumour.
-
-phantom_anatomy places it in front of the sacrum and paints it last.
-"""
+"""The rectum of a drawn pelvis: a curved tube with contents and, on one side, a tumour."""
 
 from __future__ import annotations
 

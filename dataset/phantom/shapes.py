@@ -1,7 +1,4 @@
-"""Tissues and closed outlines in millimetres, the two things a drawn pelvis is made of.
-
-phantom_anatomy and phantom_rectum lay the outlines out, phantom paints them.
-"""
+"""Tissues and closed outlines in millimetres, which a drawn pelvis is made of."""
 
 from __future__ import annotations
 

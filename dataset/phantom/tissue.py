@@ -1,6 +1,6 @@
-"""CT numbers for label maps: what each organ and the unlabelled rest of a patient look like.
+"""CT numbers for label maps: intensity and texture of each organ and of the unlabelled rest.
 
-dataset.anatomy draws its slices with them. They are a stand-in for scans, not a model of them.
+They replace scans in trials; they are no model of a scanner.
 """
 
 from __future__ import annotations

@@ -77,13 +77,18 @@ def read_scan(path: str | Path, channel: int | None = None, series: int | None =
     channel = channel or 0
     if not 0 <= channel < header.channels:
         raise ValueError(f"{path}: no channel {channel}; it has {header.channels}, from 0")
+    return _loaded(opened, channel)
+
+
+def _loaded(opened: ScanFile, channel: int) -> Scan:
+    """One volume of a scan whose header was read."""
+    header = opened.header
     try:
-        array = opened.voxels(channel)
+        return Scan(opened.voxels(channel), header)
     except MemoryError as error:
         raise ValueError(
-            f"{path}: not enough memory for {size_text(header.shape)} voxels"
+            f"{header.path}: not enough memory for {size_text(header.shape)} voxels"
         ) from error
-    return Scan(array, header)
 
 
 def read_label(path: str | Path, num_classes: int | None = None) -> Scan:
@@ -98,7 +103,7 @@ def read_label(path: str | Path, num_classes: int | None = None) -> Scan:
             f"{path}: a label map of {counted(opened.header.channels, 'volume')}; expected one"
             " volume with a class id in every voxel"
         )
-    scan = read_scan(path)
+    scan = _loaded(opened, 0)
     stored = scan.array
     if stored.dtype.kind == "f":
         whole = np.rint(stored)

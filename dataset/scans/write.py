@@ -131,7 +131,7 @@ class ProbabilityFile:
         canonical: Callable[[np.ndarray], np.ndarray],
     ) -> None:
         """Slices `numbers` as uint16 (n, C, H, W); canonical: (I, J, K) -> (S, H, W), a view."""
-        # Mapped anew each time: the pages written then leave this process's memory.
+        # Mapped again each time: the pages written then leave this process's memory.
         stored = np.memmap(
             self.scratch, np.uint16, mode="r+", offset=len(self.head), shape=self.shape, order="F"
         )
