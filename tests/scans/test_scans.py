@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import SimpleITK as sitk
 
 from dataset import care as rectum
+from dataset.scans.find import files_of
 from dataset.scans.in_plane import body_box, crop, resample_in_plane
 from dataset.scans.orientation import SliceStack, from_canonical, to_canonical
 from dataset.scans.read import read_label, read_scan
@@ -377,3 +379,95 @@ def test_real_labels_come_back_exactly(shared_data):
     # The liver (6) lies on the patient's right: small x in a canonical slice.
     assert np.argwhere(volume.slices == 6)[:, 2].mean() < 256
     read_label(shared_data / "word" / "labels_only" / "word_0074.nii.gz", 17)
+
+
+@pytest.mark.parametrize("value", [0.9999, 1 - 6e-8, 1.0004])
+def test_labels_within_a_thousandth_of_a_whole_number_are_that_number(tmp_path, value):
+    array = np.zeros(SHAPE, dtype=np.float64)
+    array[1, 1, 1] = value
+    label = read_label(write(tmp_path / "a.nii.gz", array), num_classes=2)
+    assert label.array.dtype == np.uint8
+    assert label.array.sum() == 1
+
+
+def test_a_label_of_several_volumes_is_refused_as_one(tmp_path):
+    path = write(tmp_path / "a.nii.gz", np.zeros((*SHAPE, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="a label map of 3 volumes; expected one volume"):
+        read_label(path)
+
+
+def test_a_pipe_is_refused_and_does_not_hang(tmp_path):
+    for name in ("x.nii", "x.nii.gz", "x.nrrd", "x.mha", "x.npz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="not a regular file"):
+            read_scan(tmp_path / name)
+
+
+def test_a_qform_with_a_negative_voxel_size_is_one_line(tmp_path):
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(SHAPE)
+    header.set_qform(lps_affine(), 1)
+    header["pixdim"][2], header["vox_offset"] = -0.9, 352
+    path = tmp_path / "a.nii"
+    path.write_bytes(header.binaryblock + bytes(4) + ramp().tobytes(order="F"))
+    with pytest.raises(ValueError, match=r"voxel sizes 0\.7 x -0\.9 x 2\.5 mm .* negative"):
+        read_scan(path)
+
+
+def test_metres_and_micrometres_become_millimetres(tmp_path):
+    for unit, factor in (("meter", 0.001), ("micron", 1000)):
+        image = nib.Nifti1Image(ramp(), np.diag([factor] * 3 + [1]) @ lps_affine())
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / "a.nii")
+        scan = read_scan(tmp_path / "a.nii")
+        np.testing.assert_allclose(scan.affine, lps_affine(), rtol=1e-6)
+        np.testing.assert_allclose(scan.spacing, SPACING, rtol=1e-6)
+        assert scan.header.voxel_ml == pytest.approx(0.7 * 0.9 * 2.5 / 1000)
+
+
+def test_sform_and_qform_apart_are_named_with_their_distance(tmp_path):
+    image = nib.Nifti1Image(ramp(), lps_affine())
+    image.header.set_sform(lps_affine(), 1)
+    moved = lps_affine()
+    moved[0, 3] += 30
+    image.header.set_qform(moved, 1)
+    nib.save(image, tmp_path / "a.nii")
+    scan = read_scan(tmp_path / "a.nii")
+    np.testing.assert_allclose(scan.affine, lps_affine(), atol=1e-5)
+    assert scan.header.remarks == ("sform and qform place voxels up to 30 mm apart; sform used",)
+
+
+def test_a_tilted_scan_is_written_where_it_is_or_not_at_all_for_itk(tmp_path):
+    affine = lps_affine()
+    affine[1, 2] = 0.8
+    image = sitk.GetImageFromArray(ramp().transpose(2, 1, 0))
+    image.SetSpacing([float(size) for size in np.linalg.norm(affine[:3, :3], axis=0)])
+    turn = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetDirection((np.diag([-1, -1, 1]) @ turn).ravel().tolist())
+    image.SetOrigin((-40.0, -50.0, -60.0))
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    scan = read_scan(tmp_path / "a.nrrd")
+    assert "gantry tilt or shear of 17.7 degrees" in scan.header.remarks[0]
+    write_label_map(tmp_path / "seg.nii", (ramp() % 2).astype(np.uint8), scan.header)
+    np.testing.assert_allclose(nib.load(tmp_path / "seg.nii").affine, affine, atol=1e-5)
+    with pytest.raises(RuntimeError, match="orthonormal"):
+        sitk.ReadImage(str(tmp_path / "seg.nii"))
+
+
+def test_the_voxels_of_a_detached_header_belong_to_the_scan(tmp_path):
+    image = sitk.GetImageFromArray(ramp().transpose(2, 1, 0))
+    sitk.WriteImage(image, str(tmp_path / "a.mhd"))
+    np.testing.assert_array_equal(read_scan(tmp_path / "a.mhd").array, ramp())
+    assert [path.name for path in files_of(tmp_path / "a.mhd")] == ["a.mhd", "a.raw"]
+    (tmp_path / "a.raw").unlink()
+    with pytest.raises(ValueError, match=r"its voxels should lie in a\.raw"):
+        read_scan(tmp_path / "a.mhd")
+
+
+def test_a_long_axis_is_written_as_nifti_2(tmp_path):
+    image = sitk.GetImageFromArray(np.zeros((2, 2, 40_000), dtype=np.int16))
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    scan = read_scan(tmp_path / "a.nrrd")
+    write_label_map(tmp_path / "seg.nii.gz", np.ones(scan.array.shape, np.uint8), scan.header)
+    assert nib.load(tmp_path / "seg.nii.gz").shape == (40_000, 2, 2)
