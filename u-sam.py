@@ -70,6 +70,7 @@ def train(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None
     from usam.runtime.signals import StopRequest
     from usam.training.engine import train_one_epoch
     from usam.training.run import Run
+    from usam.training.run_folder import training_lock
     from usam.training.sam_med3d import SamMed3dTask
     from usam.training.usam import USamTask
 
@@ -77,18 +78,19 @@ def train(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None
         make_task = SamMed3dTask if args.model == "sam-med3d" else USamTask
         task = make_task(args, precision, saved)
         task.describe()
-        run = Run(args, precision, task, saved, stop)
-        while not run.is_over:
-            run.begin_epoch()
-            if not run.state.unvalidated:  # else the run was stopped before its validation
-                figures = train_one_epoch(
-                    run.model, run.loader, run.state, step=task.step, recipe=run.recipe,
-                    precision=precision, after_step=run.after_step,
-                )  # fmt: skip
-                run.end_training(figures)
-            scores = run.validate()
-            run.save_epoch(scores)
-        run.finish()
+        with training_lock(args.output_dir):
+            run = Run(args, precision, task, saved, stop)
+            while not run.is_over:
+                run.begin_epoch()
+                if not run.state.unvalidated:  # else the run was stopped before its validation
+                    figures = train_one_epoch(
+                        run.model, run.loader, run.state, step=task.step, recipe=run.recipe,
+                        precision=precision, after_step=run.after_step,
+                    )  # fmt: skip
+                    run.end_training(figures)
+                scores = run.validate()
+                run.save_epoch(scores)
+            run.finish()
 
 
 def evaluate(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
@@ -117,10 +119,15 @@ def merge(args: Namespace) -> None:
 
 
 def export_lora(args: Namespace, saved: dict[str, Any]) -> None:
-    """Write the LoRA of --resume for other programs."""
+    """Write the LoRA of --resume for other programs; an existing file needs --overwrite."""
     from usam.runtime.processes import is_main, say
     from usam.weights.lora import save_lora
 
+    target = args.export_lora
+    if target.exists() and target.samefile(args.resume):
+        raise ValueError(f"--export_lora {target} is the checkpoint itself; choose another name")
+    if target.exists() and not args.overwrite:
+        raise ValueError(f"--export_lora: {target} exists; choose another name or pass --overwrite")
     if is_main():
         with_decoder = args.adapter == "none"
         say(save_lora(saved["model"], args.export_lora, with_decoder=with_decoder))

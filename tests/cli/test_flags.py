@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dataset
-from dataset.store.slices import write_case, write_index
+from dataset.store.slices import SliceStore, write_case, write_index
 from tests.conftest import ROOT
 from usam.cli import choices, page
 from usam.cli.flags import DEFAULTS, FLAGS
@@ -98,8 +98,9 @@ def test_empty_limits_training_slices_without_foreground(
     given = ["--dataset", "store", "--data_root", str(tmp_path), "--val_fraction", "0"]
     args = parse_flags(given + (["--empty", value] if value else []))
     fill_defaults(args, None)
-    assert len(load_split(args, "train")) == number
-    assert len(load_split(args, "test")) == 3
+    store = SliceStore(tmp_path)
+    assert len(load_split(args, "train", store, {})) == number
+    assert len(load_split(args, "test", store, {})) == 3
 
 
 @pytest.mark.parametrize("given", [["--empty", "drop"], ["--init", "chkpt/best.pth"]])

@@ -231,7 +231,7 @@ def test_too_few_cases_to_validate_on_are_said_and_best_is_the_last_epoch(
         "--batch_size", "8",  # more than there are: the only, incomplete batch is kept
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert "too few training cases to set some aside: best.pth holds the last epoch" in result.out
+    assert "too few training cases for validation: best.pth is the last epoch" in result.out
     assert "6 training slices, 0 to validate on" in result.out
     last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pth", "best.pth"))
     assert best["best"] == {"epoch": 1, "mean_dice": None}
@@ -255,7 +255,7 @@ def test_two_processes_train_the_phantom_and_evaluate_as_one(tmp_path: Path, cap
     assert "Warning" not in result.stderr
     said = result.stdout.splitlines()
     assert [sum(line.startswith(f"epoch {n}:") for line in said) for n in (0, 1, 2)] == [1, 1, 0]
-    assert sum("best.pth, last.pth and log.jsonl in" in line for line in said) == 1
+    assert sum("next: python u-sam.py" in line for line in said) == 1
     lines = [
         json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]

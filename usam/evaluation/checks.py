@@ -66,7 +66,11 @@ def check_held_out(
     `override`.
     """
     found = [(path, held_out(content, digests)) for path, content in checkpoints]
-    unknown = [str(path) for path, used in found if used is None]
+    unknown = [
+        str(path)
+        for path, content in checkpoints
+        if (content["data"].get(CASES) or {"incomplete": True}).get("incomplete")
+    ]
     known = [used for _, used in found if used is not None]
     trained_on, chosen_by = (
         sorted({case for used in known for case in getattr(used, key)}) for key in HeldOut._fields

@@ -21,7 +21,7 @@ from usam.weights.checkpoint_parts import PLAIN
 
 FORMAT = 1
 PROJECT = Path(__file__).resolve().parents[2]
-NOT_TRAINED_ON = ("colors", "dataset", "prompt_mode")  # of "data"; the latter two are flags
+NOT_COMPARED = ("colors", "dataset", "prompt_mode", "held_out", "cases")  # of "data"
 ONLY_PRINTED = ("epochs", "batch_size", "num_workers", "device", "amp", "compile")  # flags
 SURROUNDINGS = {"world_size": "processes", "precision": "precision", "revision": "revision"}
 STEP = "samples per step (--batch_size x processes)"
@@ -105,7 +105,7 @@ def differences(
     data_now = {
         f"the data's {name}": value
         for name, value in now["data"].items()
-        if name not in NOT_TRAINED_ON
+        if name not in NOT_COMPARED
     }
     result = [
         *changes({name: v for name, v in flags.items() if name[2:] in decisive}, flags_now),

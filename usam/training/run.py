@@ -6,6 +6,7 @@ The loop over epochs is in u-sam.py.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from dataset.text import counted
+from usam.cli.choices import DATASET_DEFAULTS, OUTPUT_DIR
 from usam.evaluation.metrics import rank_score
 from usam.runtime import processes
 from usam.runtime.loaders import UNREADABLE, SkipUnreadable, max_unreadable, training_loader
@@ -36,6 +38,7 @@ from usam.training.resume import best_so_far
 from usam.training.run_folder import RunFolder
 from usam.training.sam_med3d import SamMed3dTask
 from usam.training.usam import USamTask
+from usam.weights.checkpoint_parts import check_parts
 
 Task = USamTask | SamMed3dTask
 Saved = dict[str, Any] | None
@@ -73,6 +76,7 @@ class Run:
             self._resume(saved)
         if args.start_epoch is not None:
             self._start_at(args.start_epoch)
+        check_parts(self.state.state_dict(), args.output_dir / "last.pth")  # as --resume will
         self._open_folder()
         self.model = processes.wrap(task.model, precision.device)
         self._steps, self._started = 0, time.perf_counter()
@@ -174,9 +178,17 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Return when all checkpoints are on the disk; say where they are."""
+        """Return when all checkpoints are on the disk; print the best epoch and what comes next."""
         self.writer.finish()
-        say(f"best.pth, last.pth and log.jsonl in {self.args.output_dir}")
+        args, best, folder = self.args, self.state.best, self.args.output_dir
+        if best["mean_dice"] is not None:
+            say(f"best epoch: {best['epoch']} with a validation Dice of {best['mean_dice']:.4f}")
+        elif best["epoch"] is not None:
+            say(f"best epoch: {best['epoch']}, the last one; there were no validation scores")
+        pictures = f"; curves: {folder / 'curves.png'}" if (folder / "curves.png").exists() else ""
+        say(f"checkpoints: {folder / 'best.pth'} and last.pth{pictures}")
+        has_test_cases = any(case["split"] == "test" for case in self.task.train_data.store.cases)
+        say(f"next: {next_command(args, has_test_cases=has_test_cases)}")
 
     def exit_stopped(self) -> NoReturn:
         """Save, wait for the disk and for all processes, and exit with code STOPPED."""
@@ -190,6 +202,22 @@ class Run:
             where = f"before the validation of epoch {epoch - 1}"
         say(f"stopped by a signal {where}; resume with --resume {folder / 'last.pth'}")
         sys.exit(STOPPED)
+
+
+def next_command(args: Namespace, *, has_test_cases: bool) -> str:
+    """The command that evaluates a run's best.pth, or predicts where there are no test cases."""
+    best = str(args.output_dir / "best.pth")
+    if not has_test_cases and args.fold is None:
+        return shlex.join(["python", "u-sam.py", "--predict", "SCAN.nii.gz", "--resume", best])
+    roots = args.data_root if isinstance(args.data_root, list) else [args.data_root]
+    words = ["python", "u-sam.py", "--dataset", args.dataset]
+    words += ["--data_root", *map(str, roots)] if args.data_root else []
+    words += ["--fold", str(args.fold)] if args.fold is not None else []
+    words += ["--eval", "--resume", best]
+    words += ["--classes", *args.classes] if args.classes else []
+    if args.output_dir != DATASET_DEFAULTS.get(args.dataset, {}).get("output_dir", OUTPUT_DIR):
+        words += ["--output_dir", str(args.output_dir)]
+    return shlex.join(words)
 
 
 def prepare_model(args: Namespace, precision: Precision, task: Task) -> None:

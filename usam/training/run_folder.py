@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dataset.files import sweep, write_text
+from dataset.files import locked, sweep, write_text
 from usam.runtime.processes import is_main
 from usam.training import manifest
 from usam.training.checkpoint import backups
@@ -17,6 +18,14 @@ RUN_FILES = (
     "best.pth", "last.pth", "log.jsonl", "manifest.json", "curves.png", "tensorboard",
     "metrics.json", "report", "overlays",
 )  # fmt: skip
+
+
+def training_lock(path: Path) -> AbstractContextManager[None]:
+    """A context that keeps other trainings out of a run's folder, held by the main process.
+
+    Raises ValueError naming the process that trains there. Evaluation and prediction do not ask.
+    """
+    return locked(path, "training") if is_main() else nullcontext()
 
 
 class RunFolder:

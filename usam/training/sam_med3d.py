@@ -20,6 +20,7 @@ from usam.runtime import processes
 from usam.runtime.loaders import Batch, evaluation_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
+from usam.training.cases import case_record, check_store, describe_validation, held_out_of
 from usam.training.checkpoint import seed_generators
 from usam.training.losses import dice_bce_loss
 from usam.weights.sam_med3d import load_or_initialize
@@ -47,12 +48,15 @@ class SamMed3dTask:
             say(f"left out: {line}")
         if saved and args.classes is None:
             args.classes = saved["data"].get("trained_classes")
-        self.train_data = load_split(args, "train", self.model, store)
-        self.val_data = load_split(args, "val", self.model, store)
+        check_store(store)
+        held_out = held_out_of(args, saved, store)
+        self.train_data = load_split(args, "train", self.model, store, held_out)
+        self.val_data = load_split(args, "val", self.model, store, held_out)
         loading = {"num_workers": args.num_workers, "batch_size": args.batch_size}
         self.val_loader = evaluation_loader(self.val_data, **loading) if self.val_data else None
         self.info = self.train_data.info | self.model.config | CHOICES
         self.info |= {"trained_classes": args.classes}
+        self.info |= case_record(args, saved, self.train_data, self.val_data)
         self.step = ClickStep(precision.device, args.rounds)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -78,8 +82,7 @@ class SamMed3dTask:
         train, val = self.train_data, self.val_data
         say(f"{self.args.dataset}: objects of {len(train.case_ids)} cases to train on, "
             f"{len(val)} objects of {len(val.case_ids)} to validate on")  # fmt: skip
-        if not val:
-            say("too few training cases to set some aside: best.pth holds the last epoch")
+        describe_validation(self.args, val)
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,11 @@ def rounds_loss(model: SamMed3d, logits: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def load_split(args: Namespace, split: str, model: SamMed3d, store: VolumeStore) -> VolumeDataset:
-    """The objects of a split, of the classes that --classes names."""
+def load_split(
+    args: Namespace, split: str, model: SamMed3d, store: VolumeStore, held_out: dict[str, Any]
+) -> VolumeDataset:
+    """The objects of a split, of the classes that --classes names; see `held_out_of`."""
     return build_volumes(
         args.dataset, split, side=model.side, seed=args.seed, val_fraction=args.val_fraction,
-        only=args.classes, flips=not args.no_flips, store=store,
+        only=args.classes, flips=not args.no_flips, store=store, **held_out,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset import SliceDataset, build_dataset
+from dataset import SliceDataset, SliceStore, build_dataset, open_store
 from dataset.transforms import AUGMENTATIONS
 from usam.cli.choices import MIXED
 from usam.cli.values import jitter_pixels
@@ -23,6 +23,13 @@ from usam.runtime.loaders import Batch, evaluation_loader, to_device
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
 from usam.runtime.samplers import ClassBalancedSampling
+from usam.training.cases import (
+    can_validate,
+    case_record,
+    check_store,
+    describe_validation,
+    held_out_of,
+)
 from usam.training.checkpoint import seed_generators
 from usam.training.engine import shared_generator
 from usam.training.losses import class_weights, segmentation_loss
@@ -50,7 +57,11 @@ class USamTask:
     def __init__(self, args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
         self.args, self.precision = args, precision
         with processes.main_process_first():
-            self.train_data, self.val_data = load_split(args, "train"), load_split(args, "val")
+            store = open_store(args.dataset, args.data_root)
+        check_store(store)
+        held_out = held_out_of(args, saved, store)
+        self.train_data = load_split(args, "train", store, held_out)
+        self.val_data = load_split(args, "val", store, held_out)
         self.classes = self.train_data.classes
         check_classes(args, saved, self.classes)
         seed_generators(args.seed)
@@ -61,8 +72,10 @@ class USamTask:
             self.model = build_model(args, self.train_data.info)
         self.model.to(precision.device)
         loading = {"num_workers": args.num_workers, "batch_size": args.batch_size}
-        self.val_loader = evaluation_loader(self.val_data, **loading) if self.val_data else None
+        validates = can_validate(self.val_data)
+        self.val_loader = evaluation_loader(self.val_data, **loading) if validates else None
         self.info = self.train_data.info | model_info(args, saved)
+        self.info |= case_record(args, saved, self.train_data, self.val_data)
         self.balanced = ClassBalancedSampling(args.foreground_share, self.train_data.by_class)
         weights = class_weights(args.class_weights, self.train_data.class_pixels)
         self.step = SegmentationStep(
@@ -107,10 +120,7 @@ class USamTask:
             f"validate on; {args.input} input, {args.augment} augmentation, class weights "
             f"{args.class_weights}"
         )
-        if not self.val_data:
-            say("too few training cases to set some aside: best.pth holds the last epoch")
-        elif args.val_fraction == 0 and args.fold is None:
-            say("--val_fraction 0: best.pth is chosen on the test cases, as published")
+        describe_validation(args, self.val_data)
         if args.batch_size == 1:
             say("warning: --batch_size 1 gives poor BatchNorm statistics; use 2 or more")
 
@@ -141,12 +151,14 @@ class SegmentationStep:
         return segmentation_loss(model(image, **prompts), mask, class_weights=self.class_weights)
 
 
-def load_split(args: Namespace, split: str) -> SliceDataset:
-    """The slices of a split of --dataset, prepared as the flags say."""
+def load_split(
+    args: Namespace, split: str, store: SliceStore, held_out: dict[str, Any]
+) -> SliceDataset:
+    """The slices of a split of --dataset, prepared as the flags say; see `held_out_of`."""
     return build_dataset(
         args.dataset, split, data_root=args.data_root, img_size=args.img_size,
         seed=args.seed, val_fraction=args.val_fraction, empty=args.empty, input_mode=args.input,
-        fold=args.fold,
+        fold=args.fold, store=store, **held_out,
     )  # fmt: skip
 
 

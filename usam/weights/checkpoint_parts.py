@@ -46,6 +46,12 @@ DATA: dict[str, Callable[[Any], bool]] = {  # what must be true of "data" where 
     "base": lambda value: isinstance(value, Mapping) and value.keys() == {"file", "sha256"}
     and _is_list([*value.values()], str),
     "num_point_embeddings": lambda value: value in (2, 4),
+    "held_out": lambda value: value is None or _is_list(value, str),
+    "cases": lambda value: isinstance(value, Mapping)
+    and all(
+        isinstance(value.get(key), Mapping) and _is_list([*value[key].values()], str)
+        for key in ("trained_on", "chosen_by")
+    ),
 }  # fmt: skip
 
 
