@@ -1,4 +1,4 @@
-"""Runs that are told to stop: saved where they stand, taken up to the very same end.
+"""Runs stopped by a signal: saved where they are, and resumed to exactly the same end.
 
 Stops within one process are signals it sends itself; launches are real processes.
 """
@@ -34,7 +34,7 @@ from tests.helpers.toy import Slices
 from usam.evaluation import pixels
 from usam.runtime import signals as preemption
 from usam.runtime.loaders import loader_for
-from usam.runtime.signals import SIGNALS, STOPPED, StopRequest, Watched
+from usam.runtime.signals import SIGNALS, STOPPED, StoppableBatches, StopRequest
 from usam.training import engine
 from usam.training import run as training_run
 from usam.training.checkpoint import CheckpointWriter
@@ -214,14 +214,14 @@ def test_an_evaluation_ends_early_only_when_asked() -> None:
     loader = DataLoader(Slices(7), batch_size=2)
     with StopRequest() as stop:
         stop.watch()
-        batches = iter(Watched(loader, stop))
+        batches = iter(StoppableBatches(loader, stop))
         assert len(next(batches)["id"]) == 2
         os.kill(os.getpid(), signal.SIGUSR1)
         assert list(batches) == []
         assert stop.agreed
     with StopRequest() as stop:
         stop.watch()
-        assert sum(len(batch["id"]) for batch in Watched(loader, stop)) == 7
+        assert sum(len(batch["id"]) for batch in StoppableBatches(loader, stop)) == 7
 
 
 def test_workers_ignore_stop_signals_to_the_whole_group_but_end_with_their_process() -> None:

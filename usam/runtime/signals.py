@@ -125,7 +125,7 @@ def redirect_closed_outputs() -> None:
             os.close(nowhere)
 
 
-class Watched:
+class StoppableBatches:
     """The batches of an evaluation loader; they end early when the run receives a signal to stop.
 
     Every process checks equally often, even if its share is one batch shorter than another's.

@@ -20,7 +20,7 @@ from usam.runtime import processes
 from usam.runtime.loaders import UNREADABLE, SkipUnreadable, max_unreadable, training_loader
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
-from usam.runtime.signals import STOPPED, StopRequest, Watched
+from usam.runtime.signals import STOPPED, StoppableBatches, StopRequest
 from usam.training import manifest
 from usam.training.checkpoint import (
     CheckpointWriter,
@@ -151,7 +151,7 @@ class Run:
         scores = None
         if self.task.val_loader:
             with self.state.average.in_use():
-                scores = self.task.validate(Watched(self.task.val_loader, self.stop))
+                scores = self.task.validate(StoppableBatches(self.task.val_loader, self.stop))
         if self.stop.agreed:  # perhaps within the validation, which is then incomplete
             self.exit_stopped()
         return scores
