@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import re
+import resource
 import shutil
+import signal
 import subprocess
 from base64 import b64decode, b64encode
 from html.parser import HTMLParser
@@ -183,11 +187,8 @@ def test_names_reach_neither_terminal_nor_spreadsheet_as_commands(
     described = made("=1+2", "\x1b[2J")
     described.classes[1:] = ["@cmd|'/c calc'!A0", "\x1b]0;title\x07"]
     folder = tmp_path / "0"
-    report.write_scores(
-        folder, described.counts, described.classes, described.facts, described.metrics
-    )
-    page = Page(write_report(folder / "report", described))
-    print(described.text)
+    report.save_report(folder, described)
+    page = Page(folder / "report" / "report.html")
     assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
     assert all(c.isprintable() or c == "\n" for c in page.text)
     text = (folder / "report" / "cases.csv").read_text(encoding="utf-8")
@@ -204,8 +205,7 @@ def test_names_reach_neither_terminal_nor_spreadsheet_as_commands(
 def evaluated(folder: Path, *names: str, **changes: Any) -> Path:
     """A folder as --eval leaves it."""
     described = made(*names, **changes)
-    report.write_scores(folder, described.counts, CLASSES, described.facts, described.metrics)
-    write_report(folder / "report", described)
+    report.save_report(folder, described)
     return folder
 
 
@@ -235,8 +235,7 @@ def test_folds_merge_into_the_report_of_all_their_cases(tmp_path: Path) -> None:
 def test_a_merged_report_can_be_merged_again(tmp_path: Path) -> None:
     folders = [evaluated(tmp_path / "0", "a"), evaluated(tmp_path / "1", "b")]
     found = merged_report.merged(folders, seed=1)
-    report.write_scores(tmp_path / "2", found.counts, CLASSES, found.facts, found.metrics)
-    write_report(tmp_path / "2" / "report", found)
+    report.save_report(tmp_path / "2", found)
     again = merged_report.merged([tmp_path / "2", evaluated(tmp_path / "3", "c")], seed=1)
     assert list(again.cases.rows) == ["a", "b", "c"]
 
@@ -259,8 +258,38 @@ def test_folders_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
     old = json.loads((twice / "metrics.json").read_text(encoding="utf-8"))
     del old["counts"]
     (twice / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{twice} holds no report of this version"):
+    with pytest.raises(ValueError, match=f"{twice} holds no complete report"):
         merged_report.merged([twice], seed=1)
+
+
+def test_a_table_of_another_evaluation_is_not_merged(tmp_path: Path) -> None:
+    """An interruption between the two files leaves them apart."""
+    folder = evaluated(tmp_path / "0", "a", "b")
+    write_report(folder / "report", made("c"))
+    with pytest.raises(ValueError, match=f"{folder} .*different evaluations.*--eval again"):
+        merged_report.merged([folder], seed=1)
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 20_000])
+def test_a_full_disk_leaves_the_old_scores_or_the_new_ones_whole(
+    tmp_path: Path, limit: int
+) -> None:
+    """A second --eval into the folder whose files may not grow beyond a limit."""
+    folder = evaluated(tmp_path / "0", "a", "b")
+    old = (folder / "metrics.json").read_bytes()
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(OSError, match=str(folder)):
+            report.save_report(folder, made("a", "b", "c"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (folder / "metrics.json").read_bytes() == old
+    for path in (folder / "report").glob("*.csv"):
+        assert len(list(csv.reader(path.read_text(encoding="utf-8").splitlines()))) in (5, 7)
+    assert Page(folder / "report" / "report.html").text.count("Rules") == 1
 
 
 def test_a_merged_report_never_overwrites_what_it_is_made_of(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dataset.files import file_digest
 from usam.evaluation.case_metrics import MEAN, METRICS, Row, describe, mean_row
 from usam.evaluation.cases import NUM_WORST, CaseScores
 from usam.evaluation.metrics import ClassCounts
-from usam.evaluation.report import LESIONS, VOLUMES, worst_file, write_report, write_scores
+from usam.evaluation.report import LESIONS, VOLUMES, save_report, worst_file
 from usam.evaluation.report_tables import CaseReport, title_of, with_spread
-from usam.evaluation.tables import Table, number, text_table
+from usam.evaluation.tables import Table, number
 from usam.runtime.processes import is_main
 
 FOLDERS = "Each folder"
@@ -46,9 +47,7 @@ def merge(args: Namespace) -> None:
         return
     check_output(args.merge, args.output_dir)
     made = merged(args.merge, args.seed)
-    metrics = write_scores(args.output_dir, made.counts, made.classes, made.facts, made.metrics)
-    print(f"{made.text}\n{text_table(*made.extra[FOLDERS])}")
-    print(f"scores: {metrics}\nreport: {write_report(args.output_dir / 'report', made)}")
+    print(save_report(args.output_dir, made))
 
 
 def merged(folders: Sequence[Path], seed: int) -> CaseReport:
@@ -107,8 +106,13 @@ def read_evaluated(folder: Path) -> Evaluated:
                 num_slices[case] = int(line["slices"])
         for key in ("counts", "colors", "per_case", "dice"):
             metrics[key]
+        if metrics.get("cases_digest") not in (None, file_digest(table)):
+            raise ValueError("metrics.json and report/cases.csv are of different evaluations")
     except (ValueError, KeyError) as error:
-        raise ValueError(f"--merge: {folder} holds no report of this version ({error!r})") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"--merge: {folder} holds no complete report ({reason}); run --eval again"
+        ) from None
     return Evaluated(folder, metrics, rows, num_slices)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
-from dataset.files import atomic_write, write_json, write_text
-from dataset.text import csv_cell, printable
+from dataset.files import atomic_write, file_digest, write_json, write_text
+from dataset.text import counted, csv_cell, printable
 from usam.evaluation.case_metrics import METRICS
 from usam.evaluation.metrics import ClassCounts
 from usam.evaluation.report_tables import (
@@ -35,6 +35,23 @@ VOLUMES = ("true_volume", "predicted_volume")
 COLUMNS = ("case", "slices", "class", "empty", *METRICS, *LESIONS, *VOLUMES)
 
 
+def save_report(folder: Path, report: CaseReport, more: Mapping[str, Any] | None = None) -> str:
+    """Print the scores and write report/ and, last, metrics.json; lines that name the files.
+
+    more: further keys of metrics.json, which also holds the digest of report/cases.csv: after an
+    interruption between the two, --merge refuses the folder.
+    """
+    page = write_report(folder / "report", report)
+    digest = {"cases_digest": file_digest(page.with_name("cases.csv"))}
+    metrics = write_scores(
+        folder, report.counts, report.classes, report.facts, report.metrics | digest | (more or {})
+    )
+    print(report.text)
+    for title, table in report.extra.items():
+        print(f"{title}:\n{text_table(*table)}")
+    return f"scores: {metrics}\nreport: {page}"
+
+
 def write_scores(
     folder: Path,
     counts: ClassCounts,
@@ -52,8 +69,9 @@ def write_scores(
     published = counts.summary(classes, foreground_only=True)
     where = printable(facts["checkpoint"])
     print(
-        f"{where} on {facts['slices']} {facts['split']} slices of {facts['cases']} "
-        f"cases of {facts['dataset']}; prompts: {facts['prompts']}; Dice and IoU of all pixels"
+        f"{where} on {counted(facts['slices'], facts['split'] + ' slice')} of "
+        f"{counted(facts['cases'], 'case')} of {facts['dataset']}; prompts: {facts['prompts']}; "
+        "Dice and IoU of all pixels"
     )
     print(text_table(*pooled_table(summary)))
     if summary["absent"]:

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Subset
 
 from dataset import SliceDataset, build_dataset
 from dataset.palette import class_colors
-from usam.evaluation import report
 from usam.evaluation.cases import evaluate_cases, known_spacings
 from usam.evaluation.checks import (
     Checkpoint,
@@ -25,8 +24,8 @@ from usam.evaluation.checks import (
 from usam.evaluation.metrics import distinct
 from usam.evaluation.pixels import PROMPT_SOURCES, predictions
 from usam.evaluation.prompt_sweep import TITLE, sweep_facts, sweep_prompts, sweep_table
+from usam.evaluation.report import save_report
 from usam.evaluation.report_tables import CaseReport
-from usam.evaluation.tables import text_table
 from usam.runtime.figures import save_overlay
 from usam.runtime.loaders import evaluation_loader
 from usam.runtime.precision import Precision
@@ -65,12 +64,12 @@ def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any]) -> No
         extra={TITLE: sweep_table(swept, classes)} if swept else {},
     )  # fmt: skip
     more = {"held_out": used} | ({"prompt_sweep": sweep_facts(swept, classes)} if swept else {})
-    lines = save_scores(args.output_dir, made, more)
     chosen = DataLoader(Subset(data, data.showcase(NUM_OVERLAYS)), batch_size=1)
     overlays = draw_overlays(
         args.output_dir / "overlays", predictions(model, chosen, **prompted),
         classes=classes, colors=made.colors, transpose=data.info["orientation"] == "stored",
     )  # fmt: skip
+    lines = save_report(args.output_dir, made, more)
     others = f", with {len(overlays) - 1} more beside it" if len(overlays) > 1 else ""
     print(f"{lines}\noverlay: {overlays[0]}{others}")
 
@@ -101,17 +100,6 @@ def facts_of(args: Namespace, data: SliceDataset) -> dict[str, Any]:
         "dataset": args.dataset, "split": split, "slices": len(data), "cases": len(data.case_ids),
         "prompts": PROMPT_SOURCES[args.prompt_mode],
     }  # fmt: skip
-
-
-def save_scores(folder: Path, made: CaseReport, more: dict[str, Any]) -> str:
-    """Print the scores, write metrics.json and report/; lines that name the files."""
-    metrics = report.write_scores(
-        folder, made.counts, made.classes, made.facts, made.metrics | more
-    )
-    print(made.text)
-    for title, table in made.extra.items():
-        print(f"{title}:\n{text_table(*table)}")
-    return f"scores: {metrics}\nreport: {report.write_report(folder / 'report', made)}"
 
 
 def open_data(args: Namespace) -> SliceDataset:
