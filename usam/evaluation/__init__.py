@@ -1,1 +1,1 @@
-"""Scores of a trained model: overlap, surface distances, clicks, and the reports made of them."""
+"""Scores of a trained model: overlap, surface distances, clicks, and their reports; no training."""

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class Metric(NamedTuple):
-    """How a figure is shown: its name, its unit (a key of `Units` or none), its decimals."""
+    """How a score is displayed: name, kind of unit (see `title_of`) or None, decimals."""
 
     title: str
     unit: str | None = None
@@ -53,7 +53,7 @@ class Part(NamedTuple):
 def score_case(
     parts: Sequence[Part], num_classes: int, *, in_mm: bool, run: Callable = map
 ) -> list[Row]:
-    """The figures of a case, a row for each foreground class in order of label.
+    """The scores of a case, one row per foreground class in order of label.
 
     A case is one volume, or several where its slices differ in size: voxels, surfaces and
     lesions of all count together. `run` maps a function over the labels, in threads if need be.
@@ -77,7 +77,7 @@ def score_case(
 
 
 def _boxes(part: Part, num_classes: int) -> list[tuple[slice, ...] | None]:
-    """By label, the box that holds all of it, predicted or true; None where there is none."""
+    """By label, the box around all its voxels, predicted or true; None without any."""
     found = [ndimage.find_objects(labels, num_classes - 1) for labels in part[:2]]
     boxes: list[tuple[slice, ...] | None] = [None]
     for both in zip(*found, strict=True):
@@ -96,12 +96,12 @@ def score_class(
     in_mm: bool = True,
     flat: bool = False,
 ) -> Row:
-    """The figures of one class of one case: METRICS, None where undefined, and what they are of.
+    """The scores of one class in one case: METRICS, None where undefined, volumes and lesions.
 
     masks: (prediction, truth, spacing) of each volume, bool (S, H, W); flat: each is a case's only
     slice, and surfaces are its contours. A class that is
 
-    - neither true nor predicted has no figures ("absent"),
+    - neither true nor predicted has no scores ("absent"),
     - true but not predicted ("missed") or predicted but not true ("false alarm") has Dice, IoU and
       NSD 0 and for HD95 the longest distance in the case, `diagonal`, which also limits it.
 
@@ -159,11 +159,11 @@ def _lesions(prediction: np.ndarray, truth: np.ndarray, both: np.ndarray) -> tup
 def summarize(
     cases: Mapping[str, Sequence[Row]], classes: Sequence[str], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """What the cases say together: by class and metric, the figures of `describe`.
+    """Statistics over the cases by class and metric; see `describe`.
 
     cases: by case, its rows in order of label; classes: names by label, background first. With
     several foreground classes a last entry, MEAN, describes each case's mean over the classes
-    that have the figure. "lesions" sums up lesions, those found and false ones over the cases.
+    that have the score. "lesions" sums up lesions, those found and false ones over the cases.
     """
     by_class = {
         name: [rows[label] for rows in cases.values()] for label, name in enumerate(classes[1:])
@@ -184,7 +184,7 @@ def summarize(
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """A case's means over its classes, of those that have the figure; lesions are summed up."""
+    """A case's means over the classes that have the score, and the sums of its lesions."""
     means: Row = {}
     for metric in METRICS:
         known = [row[metric] for row in rows if row[metric] is not None]
@@ -199,7 +199,7 @@ def describe(values: Iterable[float], seed: int) -> dict[str, float | int | None
 
     "low" and "high" hold 95 % of the means of RESAMPLES sets of cases drawn with replacement,
     each as large as the set itself (percentile bootstrap, Efron 1979), the same for the same
-    `seed`. What fewer than two values cannot give is None.
+    `seed`. Statistics that need more values are None.
     """
     known = np.array(list(values), float)
     found: dict[str, float | int | None] = {"n": len(known)}

@@ -1,7 +1,4 @@
-"""Scores an evaluation case by case while its slices pass, at the size they are stored in.
-
-u-sam.py runs it beside the pooled counts; `usam.case_report` writes what it finds.
-"""
+"""Scores by case: slices are collected into cases at their stored size, and each case is scored."""
 
 from __future__ import annotations
 
@@ -12,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset import SliceDataset
 from dataset.palette import class_colors
 from usam.evaluation.case_metrics import Part, Row, mean_row, score_case
 from usam.evaluation.metrics import ClassCounts
@@ -28,32 +26,13 @@ from usam.runtime.loaders import Batch, loader_for
 from usam.runtime.processes import gather_texts
 from usam.runtime.samplers import CaseShard
 
-NUM_WORST = 6  # cases with a picture
-MIN_SHOWN = 64  # pixels a side of these pictures, at least
+NUM_WORST = 6  # number of cases with a picture
+MIN_SHOWN = 64  # smallest side of these pictures, in pixels
 Spacing = tuple[float, float, float]
 
 
-class Store(Protocol):
-    """What is asked of the slice store: its cases, and a slice's image and mask."""
-
-    cases: Sequence[Mapping[str, Any]]
-
-    def read(self, case_number: int, k: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class StoredSlices(Protocol):
-    """What is asked of the data set: (case number, slice) by index, and the part its item shows."""
-
-    store: Store
-    slices: Sequence[tuple[int, int]]
-    classes: Sequence[str]
-    info: Mapping[str, Any]
-
-    def seen_box(self, index: int) -> tuple[int, int, int, int]: ...
-
-
 class Worst(NamedTuple):
-    """The slice with most wrong pixels of a case, and the case's mean Dice."""
+    """A case's mean Dice and its slice with most wrong pixels."""
 
     dice: float
     case: str
@@ -76,7 +55,7 @@ class CaseScores:
     worst: list[dict[str, Any]]
 
 
-def known_spacings(data: StoredSlices, given: Spacing | None) -> list[Spacing] | None:
+def known_spacings(data: SliceDataset, given: Spacing | None) -> list[Spacing] | None:
     """The spacing (z, y, x) in mm of each of the store's cases; None where none used has one.
 
     given: in place of what the store does not say. Raises ValueError where it says it for all, or
@@ -99,7 +78,7 @@ def known_spacings(data: StoredSlices, given: Spacing | None) -> list[Spacing] |
 
 def evaluate_cases(
     model: nn.Module,
-    data: StoredSlices,
+    data: SliceDataset,
     *,
     spacing: Spacing | None,
     batch_size: int,
@@ -135,7 +114,7 @@ def _badness(one: Mapping[str, Any]) -> tuple[float, str]:
 
 
 class CaseCollector:
-    """Puts the slices of a case together as they come and scores it when another begins.
+    """Collects the slices of a case as they arrive and scores it when the next case starts.
 
     indices: of the samples, in the order in which they will come, those of a case together.
     spacings: by case number of the store, None for pixels. `run` maps a function over the classes.
@@ -143,7 +122,7 @@ class CaseCollector:
 
     def __init__(
         self,
-        data: StoredSlices,
+        data: SliceDataset,
         indices: Sequence[int],
         *,
         spacings: Sequence[Spacing] | None,
@@ -159,14 +138,14 @@ class CaseCollector:
         self._held: list[int] = []  # indices of the case's slices so far
 
     def add(self, batch: Batch, logits: Tensor) -> None:
-        """Take in the next samples: their ids in `batch`, their logits (N, C, h, w)."""
-        # Classes side by side: a CPU then resizes and compares them four times as fast.
+        """Add the next samples: their ids in `batch`, their logits (N, C, h, w)."""
+        # Channels last: a CPU then resizes and compares the classes four times as fast.
         logits = logits.float().contiguous(memory_format=torch.channels_last)
         for name, one in zip(batch["id"], logits, strict=True):
             index = next(self._coming)
             number, k = self.data.slices[index]
             case = self.data.store.cases[number]
-            assert name == case["slices"][k], "slices come in another order than promised"
+            assert name == case["slices"][k], "slices arrive in another order than the sampler's"
             if case["id"] != self._case:
                 self.finish()
                 self._case = case["id"]
@@ -184,7 +163,7 @@ class CaseCollector:
         return Part(np.zeros(shape, np.uint8), np.zeros(shape, np.uint8), spacing)
 
     def finish(self) -> None:
-        """Score the case whose slices came last, if there is one."""
+        """Score the case collected so far, if there is one."""
         if self._case is None:
             return
         rows = self._score(list(self._parts.values()), len(self.data.classes))
@@ -230,7 +209,7 @@ class CaseCollector:
 
 
 def shown_box(masks: Sequence[np.ndarray]) -> tuple[slice, slice]:
-    """The part of a slice to look at: all labels of the masks (H, W), and as much around them."""
+    """The part of a slice to draw: all labels of the masks (H, W) with a margin around them."""
     labelled = np.any([mask > 0 for mask in masks], axis=0)
     box = []
     for axis in (0, 1):

@@ -40,9 +40,9 @@ def write_report(
     failed: Sequence[Item],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Save clicks.csv, metrics.json and clicks.png into `folder`; what metrics.json holds.
+    """Save clicks.csv, metrics.json and clicks.png into `folder`; the content of metrics.json.
 
-    scores (objects, clicks, 2) of `evaluate_objects`; facts: what was evaluated, and how.
+    scores (objects, clicks, 2) of `evaluate_objects`; facts: what was evaluated and how.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = io.StringIO()
@@ -110,5 +110,5 @@ def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
     axis.grid(alpha=0.3)
     legend = figure.legend(fontsize=8, loc="outside right center")
     for text in legend.get_texts():
-        text.set_parse_math(False)  # names are no formulas
+        text.set_parse_math(False)  # names are drawn literally
     save_figure(figure, path, dpi=120)

@@ -46,7 +46,7 @@ Normalise = Callable[[Tensor], Tensor]
 
 
 def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
-    """Print and save what a simulated user reaches on whole test volumes, click by click."""
+    """Print and save the scores after the clicks of a simulated user in whole test volumes."""
     model = load_or_initialize(args, saved).to(precision.device).eval()
     with main_process_first():
         store = open_volumes(args.dataset, args.data_root)
@@ -86,7 +86,7 @@ def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None
 def check_fit(
     args: Namespace, saved: dict[str, Any] | None, items: Sequence[Item], store: VolumeStore
 ) -> tuple[dict[str, Any], list[str]]:
-    """How the cases were used in training, and notes, both for metrics.json."""
+    """How the cases were used in training, and notes; both go into metrics.json."""
     checkpoints = [(args.resume or args.sam_weight, saved or {"data": {}})]
     digests = store.case_digests(item.case for item in items) if any_record(checkpoints) else {}
     used, notes = check_held_out(checkpoints, digests, override=args.override)
@@ -103,8 +103,8 @@ def evaluate_objects(
 
     open_case: a case's number -> embeddings of its volume and its label map (X, Y, Z). Clicks are
     drawn from all errors, or set in the middle of the largest; the same for every model. The last
-    axis is Dice and NSD at 1 mm; the second counts NUM_CLICKS clicks. A failure is told as it
-    happens and never ends the evaluation.
+    axis is Dice and NSD at 1 mm; the second counts NUM_CLICKS clicks. A failure is printed and
+    does not end the evaluation.
     """
     scores = torch.zeros(len(items), len(NUM_CLICKS), len(SCORES), dtype=torch.float64)
     failed = torch.zeros(len(items), dtype=torch.float64)
@@ -147,7 +147,7 @@ def object_nsd(found: np.ndarray, truth: np.ndarray, spacing: float) -> float:
     if not found.any():
         return 0.0
     flat = 1 in truth.shape
-    if flat:  # the only slice comes first, as `surface_distances` wants it
+    if flat:  # `surface_distances` expects the single slice on the first axis
         axis = truth.shape.index(1)
         found, truth = np.moveaxis(found, axis, 0), np.moveaxis(truth, axis, 0)
     return surface_dice(surface_distances([(found, truth, 3 * (spacing,))], flat=flat), TOLERANCE)
@@ -200,7 +200,7 @@ def crops_to_device(
 def click_generator(seed: int, name: str) -> torch.Generator:
     """The CPU generator of the simulated user's clicks on the object called `name`.
 
-    It depends on nothing else, so batches, processes and the order of objects change no click.
+    Clicks do not depend on batches, processes or the order of objects.
     """
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
 
@@ -243,7 +243,7 @@ def click_dice(
 def answers_to_clicks(
     model: SamMed3d, volume: Tensor, mask: Tensor, generators: list[torch.Generator]
 ) -> Iterator[Tensor]:
-    """Logits (N, 1, S, S, S) after each of 10 simulated clicks, one generator a sample.
+    """Logits (N, 1, S, S, S) after each of 10 simulated clicks, one generator per sample.
 
     As in training: clicks add up, and each round sees the logits of the one before.
     """

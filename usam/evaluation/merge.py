@@ -23,12 +23,12 @@ from usam.evaluation.tables import Table, number
 from usam.runtime.processes import is_main
 
 FOLDERS = "Each folder"
-SAME = ("dataset", "prompts", "views")  # of metrics.json: without these no score means the same
+SAME = ("dataset", "prompts", "views")  # keys of metrics.json that must be equal
 SHOWN = ("dice", "iou", "hd95", "nsd_1", "nsd_2")
 
 
 class Evaluated(NamedTuple):
-    """What a folder of --eval holds: metrics.json, the rows of report/cases.csv by case."""
+    """The content of an --eval folder: metrics.json, and the rows of report/cases.csv by case."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -54,7 +54,7 @@ def merged(folders: Sequence[Path], seed: int) -> CaseReport:
     """The report of all cases of `folders`, each case in one of them only.
 
     Raises FileNotFoundError where a folder holds no report, ValueError where classes, units or
-    what was asked (SAME) differ or a case comes twice.
+    SAME differ, or a case occurs twice.
     """
     parts = [read_evaluated(folder) for folder in folders]
     sources = check_parts(parts)
@@ -90,7 +90,7 @@ def check_output(folders: Sequence[Path], output: Path) -> None:
 
 
 def read_evaluated(folder: Path) -> Evaluated:
-    """What --eval wrote into `folder`; FileNotFoundError or ValueError where it did not."""
+    """The content of an --eval folder; FileNotFoundError or ValueError where it is incomplete."""
     table = folder / "report" / "cases.csv"
     for path in (folder / "metrics.json", table):
         if not path.is_file():
@@ -122,7 +122,7 @@ def _row(line: Mapping[str, str]) -> Row:
 
 
 def check_parts(parts: Sequence[Evaluated]) -> dict[str, str]:
-    """The folder of each case; raises ValueError where `parts` do not make one report."""
+    """The folder of each case; raises ValueError where `parts` cannot be merged."""
     first, sources = parts[0], {}
     for part in parts:
         for what, ours, theirs in (
@@ -138,14 +138,14 @@ def check_parts(parts: Sequence[Evaluated]) -> dict[str, str]:
             if case in sources:
                 raise ValueError(
                     f"--merge: case {case} is in {sources[case]} and in {part.folder}; "
-                    "cases count once"
+                    "each case may occur once"
                 )
             sources[case] = str(part.folder)
     return sources
 
 
 def joined_facts(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was evaluated: numbers of slices and cases summed up, all else listed once each."""
+    """The facts of all parts: numbers of slices and cases added, other values listed."""
     names = ("checkpoint", "dataset", "split", "slices", "cases", "prompts", "views")
     found: dict[str, Any] = {}
     for name in names:
@@ -158,7 +158,7 @@ def joined_facts(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def worst_of(parts: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """The worst cases of all, as far as their folders still hold the pictures."""
+    """The worst cases of all parts whose pictures still exist."""
     found = []
     for part in parts:
         for place, one in enumerate(part.metrics["per_case"]["worst"], start=1):

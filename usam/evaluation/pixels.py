@@ -1,4 +1,4 @@
-"""A model's answers to every slice, and the pixels they get right, counted over all processes."""
+"""A model's predictions for all slices, and their pixel counts over all processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def count_pixels(
     """
     counts = ClassCounts(model.num_classes, precision.device)
     slices: list[str] = []
-    finite: list[Tensor] = []  # read once at the end, so that a GPU is not waited for
+    finite: list[Tensor] = []  # read once at the end: no synchronisation per batch
     batches = predictions(
         model, loader, prompt_mode=prompt_mode, precision=precision,
         points_are_row_col=points_are_row_col, alter_prompts=alter_prompts,
@@ -75,7 +75,7 @@ def predictions(
 
     Prompts come from the masks by the deterministic rule of `prompts_from_masks`, points as (x, y);
     `points_are_row_col` swaps them for a published model, which was trained on swapped ones.
-    `alter_prompts` gives others in their place.
+    `alter_prompts` replaces them.
     """
     model.eval()
     for batch in progress_bar(loader, desc="evaluating"):

@@ -1,4 +1,4 @@
-"""How scores depend on prompts: every prompt mode, exact and set as carelessly as users may."""
+"""--prompt_sweep: scores of every prompt mode, with exact and with displaced prompts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from usam.models.prompts import jittered
 from usam.runtime.loaders import Batch
 from usam.runtime.progress import progress_bar
 
-JITTERS = ("0", "2%", "5%", "10%")  # of the image's side, either way
+JITTERS = ("0", "2%", "5%", "10%")  # largest displacement, as a share of the image's side
 TITLE = "Prompts"
 
 
 class Swept(NamedTuple):
-    """Pixels counted with one way of prompting: a mode and a jitter (as --prompt_jitter's)."""
+    """Pixel counts for one prompt mode and one jitter (as in --prompt_jitter)."""
 
     mode: int
     jitter: str
@@ -34,7 +34,7 @@ class Swept(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Where the prompts came from, in words."""
+        """The source of the prompts in words."""
         moved = "" if self.jitter == "0" else f", off by up to {self.jitter} of the image's side"
         return PROMPT_SOURCES[self.mode] + moved
 
@@ -44,8 +44,8 @@ def sweep_prompts(
 ) -> list[Swept]:
     """Pixel counts for each of PROMPT_MODES and JITTERS over all samples of all processes.
 
-    how: keyword arguments of `count_pixels` but for the prompts. What a prompt is off by
-    depends on `seed`, the jitter and the slice alone.
+    how: keyword arguments of `count_pixels` but for the prompts. The displacement
+    of a prompt depends on `seed`, the jitter and the slice alone.
     """
     ways = [
         (mode, jitter) for mode in PROMPT_MODES for jitter in (JITTERS if mode else JITTERS[:1])
@@ -63,7 +63,7 @@ def sweep_prompts(
 def move_prompts(
     prompts: dict[str, Any], batch: Batch, *, pixels: float, img_size: int, seed: int
 ) -> dict[str, Any]:
-    """`jittered` prompts, each sample's by a generator of its own, made from `seed` and its id."""
+    """`jittered` prompts; each sample has its own generator, seeded by `seed` and its id."""
     points, boxes = prompts["points"], prompts["boxes"]
     moved = []
     for n, name in enumerate(batch["id"]):

@@ -65,7 +65,7 @@ class CaseReport:
 
 
 def rules(in_mm: bool) -> list[str]:
-    """How the scores of cases are defined, and how empty masks are scored; plain sentences."""
+    """Sentences that define the scores of cases and how empty masks are scored."""
     unit, volume = ("mm", "ml") if in_mm else ("pixels", "voxels")
     lines = [
         "A case is a volume: all its evaluated slices, at the size they are stored in. Predictions "

@@ -1,7 +1,4 @@
-"""Pictures: overlays of segmentations on slices, and the curves of a run.
-
-u-sam.py saves them beside checkpoints and reports; figures/make_figures.py draws the README's.
-"""
+"""Pictures: overlays of segmentations on slices, box plots of scores, curves of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ OPACITY = 0.45
 def blend(image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> np.ndarray:
     """The image with every class but the first tinted in its colour and outlined.
 
-    image (H, W) uint8 or float in [0, 1]; mask (H, W) integer; colors: one a class, matplotlib
+    image (H, W) uint8 or float in [0, 1]; mask (H, W) integer; colors: one per class, matplotlib
     names or #rrggbb. Returns (H, W, 3) float in [0, 1].
     """
     gray = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
@@ -40,7 +37,7 @@ def blend(image: np.ndarray, mask: np.ndarray, colors: Sequence[str]) -> np.ndar
 
 
 def _borders(mask: np.ndarray) -> np.ndarray:
-    """Where a class has a pixel next to another class's or the background's; bool (H, W)."""
+    """Pixels of a class next to another class or the background; bool (H, W)."""
     around = np.pad(mask, 1, mode="edge")
     neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
     return (mask > 0) & np.any([other != mask for other in neighbours], axis=0)
@@ -87,7 +84,7 @@ def save_overlay(
         handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False
     )
     for text in [*legend.get_texts(), figure.suptitle(printable(title), fontsize=10)]:
-        text.set_parse_math(False)  # names are no formulas
+        text.set_parse_math(False)  # names are drawn literally
     save_figure(figure, path, dpi=110)
 
 
@@ -108,7 +105,7 @@ def _draw_prompts(
 def draw_box_plots(
     path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], colors: Mapping[str, str]
 ) -> None:
-    """A panel for each metric as one PNG: a box for each class over its cases, each case a point.
+    """A panel for each metric as one PNG: one box per class, one point per case.
 
     values: panel title -> class name -> values, the same classes in all; colors by class name.
     """
@@ -132,7 +129,7 @@ def draw_box_plots(
 
 
 def _draw_box(axis: Axes, place: int, values: np.ndarray, color: str) -> None:
-    """A horizontal box and its points, which are spread a little so that equal ones are seen."""
+    """A horizontal box and its points, spread a little so that equal values stay visible."""
     if not len(values):
         return
     parts = axis.boxplot(
@@ -147,7 +144,7 @@ def _draw_box(axis: Axes, place: int, values: np.ndarray, color: str) -> None:
 def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Loss and validation Dice over the epochs of a run as PNG.
 
-    lines: an epoch's figures each, as in log.jsonl: epoch, loss, and val with dice (by name) and
+    lines: one per epoch, as in log.jsonl: epoch, loss, and val with dice (by name) and
     mean_dice, where there was a validation. What is None leaves a gap.
     """
     scored = [line for line in lines if line.get("val")]
@@ -167,7 +164,7 @@ def draw_run_curves(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         axes[1].set(title="validation Dice", xlabel="epoch", ylim=(0, 1))
         legend = axes[1].legend(fontsize=8, ncols=1 + len(names) // 10)
         for text in legend.get_texts():
-            text.set_parse_math(False)  # names are no formulas
+            text.set_parse_math(False)  # names are drawn literally
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
