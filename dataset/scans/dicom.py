@@ -28,7 +28,7 @@ TAGS = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "EchoTime"),
     *("EchoNumbers", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue"),
     *("DiffusionGradientOrientation", "AcquisitionNumber", "AcquisitionTime", "ImageType"),
-    *("FrameReferenceTime", "ContentTime"),
+    *("FrameReferenceTime", "ContentTime", "FrameOfReferenceUID"),
 )
 # What may differ between the volumes of one series; the first that tells them apart counts.
 VOLUME_KEYS = (
@@ -111,6 +111,7 @@ class DicomFile:
     series: str
     series_number: int | None
     modality: str
+    frame_of_reference: str
     dtype: str
     inverted: bool
     has_image: bool
@@ -128,6 +129,8 @@ def read_dicom(path: Path) -> DicomFile | None:
             content = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=TAGS)
         if content.get("SOPClassUID") == DICOMDIR_CLASS:
             return None
+        if "SOPClassUID" not in content and "Rows" not in content:
+            raise ValueError("it states neither its kind nor an image")
         return _described(path, content)
     except Exception as error:  # pydicom raises many types for damaged files
         raise ValueError(f"{path}: not a readable DICOM file ({first_line(error)})") from error
@@ -153,6 +156,7 @@ def _described(path: Path, content: Dataset) -> DicomFile:
         series=str(content.get("SeriesInstanceUID") or ""),
         series_number=_whole(content.get("SeriesNumber")),
         modality=modality,
+        frame_of_reference=str(content.get("FrameOfReferenceUID") or ""),
         dtype=_dtype(content),
         inverted=str(content.get("PhotometricInterpretation")) == "MONOCHROME1",
         has_image=bool(content.get("Rows") and content.get("Columns")),

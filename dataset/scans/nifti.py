@@ -169,7 +169,9 @@ def _place(
     remarks = []
     for name, other in others.items():
         apart = corners_apart(affine, other, shape) if np.isfinite(affine).all() else 0.0
-        if not apart <= limit:
+        if not np.isfinite(apart):
+            remarks.append(f"its {name} holds NaN or infinity; sform used")
+        elif apart > limit:
             remarks.append(f"sform and {name} place voxels up to {apart:.3g} mm apart; sform used")
     return affine, tuple(remarks), facts
 

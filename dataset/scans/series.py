@@ -123,7 +123,10 @@ def series_of(folder: Path) -> list[list[DicomFile]]:
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """DICOM files of a folder and the folders inside it, sorted by path, without hidden ones."""
+    """DICOM files of a folder and the folders inside it, sorted by path, without hidden ones.
+
+    Raises ValueError for a file named .dcm that is none: it may be a slice that was damaged.
+    """
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
@@ -131,6 +134,9 @@ def dicom_files(folder: Path) -> list[Path]:
         found += [Path(place) / name for name in sorted(names) if not name.startswith(".")]
         if len(found) > MAX_FILES:
             raise ValueError(f"{folder}: holds over {MAX_FILES} files; name a folder inside it")
+    for path in found:
+        if path.suffix.lower() == ".dcm" and path.is_file() and not is_dicom(path):
+            raise ValueError(f"{path}: not a DICOM file; a slice may be damaged")
     return [path for path in found if is_dicom(path)]
 
 
@@ -172,6 +178,13 @@ def _opened(folder: Path, files: Sequence[DicomFile]) -> DicomSeries:
     if copies:
         first, second = [file.path.name for file in files if file.uid == copies[0]][:2]
         raise ValueError(f"{folder}: doubled: {first} and {second} are copies of one image")
+    stated = [file for file in files if file.frame_of_reference]
+    others = [f for f in stated if f.frame_of_reference != stated[0].frame_of_reference]
+    if others:
+        raise ValueError(
+            f"{folder}: {others[0].path.name} lies in another frame of reference than"
+            f" {stated[0].path.name}; their positions cannot be compared"
+        )
     _check_alike(folder, slices)
     volumes, affine, facts, remarks = _arranged(folder, slices)
     if any(file.inverted for file in files):

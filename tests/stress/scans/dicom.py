@@ -263,6 +263,12 @@ def _cut(folder: Path) -> Path:
     return folder
 
 
+def _damaged(folder: Path, content: bytes) -> Path:
+    series(folder)
+    (folder / "05.dcm").write_bytes(content)
+    return folder
+
+
 def _with_others(folder: Path) -> Path:
     series(folder)
     (folder / "README.txt").write_text("not a scan")
@@ -387,6 +393,9 @@ def changed_cases() -> dict[str, Callable[[Path], Path]]:
         "three samples": _plain(all_slices={"SamplesPerPixel": 3,
                                             "PhotometricInterpretation": "RGB"}),
         "wrong number of frames": _plain(all_slices={"NumberOfFrames": 3}),
+        "two frames of reference": _plain(one={5: {"FrameOfReferenceUID": "1.2.99"}}),
+        "last slice damaged": lambda folder: _damaged(folder, bytes(128) + b"DICM" + bytes(300)),
+        "last slice empty": lambda folder: _damaged(folder, b""),
         "two series": _two_series,
         "two echoes": _plain(**two, each=_times(lambda n: n % 6, EchoTime=lambda n: 5 + n // 6)),
         "two times without a key": _plain(**two, each=_times(lambda n: n // 2)),
