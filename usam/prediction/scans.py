@@ -28,7 +28,7 @@ def scans_to_predict(args: Namespace) -> list[Path]:
 
     Raises ValueError where --point, --box or --init_mask of one scan meet several.
     """
-    found = find_scans(args.predict)
+    found = list(dict.fromkeys(find_scans(args.predict)))
     scans = without_results(found, args.predict)
     if len(scans) < len(found):
         say(f"skipped {counted(len(found) - len(scans), 'result')} of earlier predictions")

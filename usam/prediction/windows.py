@@ -83,11 +83,11 @@ class EmbeddingCache:
 class Session:
     """A user clicks on one object; after each click `logits` is the answer for the whole volume.
 
-    As in training, each click adds to those before and its window sees its own last answer as a
-    mask. The windows of clicks are kept. Others are grown anew after each click, from these: where
-    the object touches a face of a window and the volume goes on, a window is centred there, which
-    gets a click in the middle of the part that is seen. That is a first round as in
-    training; the half of a mask from the overlap, which no training shows, made answers worse.
+    As in training, each click adds to those before, and its window sees its own last answer as a
+    mask. The windows of clicks are kept. After each click others grow from them: where the object
+    touches a face of a window inside the volume, another window is centred there and gets a click
+    in the middle of the part that is seen, as in a first round of training. Half a mask from the
+    overlap, which no training shows, made answers worse.
     Overlapping answers are averaged, each with a weight that falls towards its faces.
     """
 
@@ -271,7 +271,7 @@ class Session:
         return torch.from_numpy(np.isin(pieces, list(kept - {0}))).to(part.device)
 
     def _goes_on(self, window: Window) -> Voxel | None:
-        """A voxel on a face of the window where the object goes on unseen; None if nowhere."""
+        """A voxel on a face of the window that the object may go beyond unseen, else None."""
         inside, _ = overlap(window.origin, self.side, self.cache.shape)
         part = self._started(window, self._logits_in(inside) > THRESHOLD, inside)
         smallest = max(self.side // 32, 1) ** 2  # voxels; fewer are noise
