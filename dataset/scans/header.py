@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,11 @@ class Scan:
     def path(self) -> Path:
         """The file or folder that the scan was read from."""
         return self.header.path
+
+    @cached_property
+    def is_constant(self) -> bool:
+        """Whether all voxels have one value."""
+        return bool(self.array.min() == self.array.max())
 
     @property
     def affine(self) -> np.ndarray | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +79,6 @@ class ScanSlices:
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    @cached_property
-    def is_constant(self) -> bool:
-        """Whether all voxels have one value."""
-        return bool(self.scan.array.min() == self.scan.array.max())
 
     @property
     def header(self) -> ScanHeader:

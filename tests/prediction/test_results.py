@@ -26,21 +26,21 @@ def test_a_label_map_of_the_users_is_refused(tmp_path: Path) -> None:
     files = ResultFiles(tmp_path, "case00")
     manual = write(files.label_map, truth(3), lps_affine()).read_bytes()
     with pytest.raises(ValueError, match=r"case00_seg.nii.gz was not written by .* --overwrite"):
-        files.check([], overwrite=False)
-    files.check([], overwrite=True)
+        files.check(set(), overwrite=False)
+    files.check(set(), overwrite=True)
     files.description.write_text('{"author": "me"}', encoding="utf-8")
     with pytest.raises(ValueError, match="was not written by this program"):
-        files.check([], overwrite=False)
+        files.check(set(), overwrite=False)
     assert files.label_map.read_bytes() == manual
 
 
 def test_own_results_are_replaced_and_edited_ones_are_not(done: ResultFiles) -> None:
-    done.check([], overwrite=False)
+    done.check(set(), overwrite=False)
     edited = nib.load(done.label_map)
     write(done.label_map, 0 * np.asarray(edited.dataobj), edited.affine)
     with pytest.raises(ValueError, match=r"out_seg.nii.gz was edited .* --overwrite"):
-        done.check([], overwrite=False)
-    done.check([], overwrite=True)
+        done.check(set(), overwrite=False)
+    done.check(set(), overwrite=True)
 
 
 def test_a_result_of_an_earlier_version_is_known(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_result_of_an_earlier_version_is_known(tmp_path: Path) -> None:
     files.label_map.touch()
     old = {"checkpoint": "best.pth", "model": "u-sam vit_b", "classes": []}
     files.description.write_text(json.dumps(old), encoding="utf-8")
-    files.check([], overwrite=False)
+    files.check(set(), overwrite=False)
 
 
 def test_pictures_and_probabilities_of_an_older_scan_go(done: ResultFiles, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_a_scan_is_never_replaced_by_its_results(tmp_path: Path, *, plain: bool)
     name = "a" if plain else "a_seg"
     scan = write(tmp_path / f"{name}.nii.gz", coded(truth(3)), lps_affine())
     files = ResultFiles(tmp_path, "a", plain=plain)
-    with pytest.raises(ValueError, match="its results would replace the scan"):
-        files.check([scan], overwrite=True)
+    with pytest.raises(ValueError, match="is a scan to segment, which results would replace"):
+        files.check({scan}, overwrite=True)
 
 
 def test_results_are_told_from_scans(done: ResultFiles, tmp_path: Path) -> None:

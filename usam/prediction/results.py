@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +51,18 @@ class ResultFiles:
         """The 4D NIfTI of --probabilities."""
         return self.folder / f"{self.name}_probabilities.nii"
 
-    def check(self, scans: Sequence[Path], *, overwrite: bool) -> None:
+    def check(self, scans: Set[Path], *, overwrite: bool) -> None:
         """Raises ValueError if writing here would replace a file that is not ours to replace.
 
-        That is one of `scans` in any case; without `overwrite`, any file that no earlier
-        prediction wrote and a label map that was edited since.
+        That is one of `scans`, resolved paths, in any case; without `overwrite`, any file that no
+        earlier prediction wrote and a label map that was edited since.
         """
         files = (self.label_map, self.description, self.overlay, self.probabilities)
         present = [file for file in files if file.exists()]
-        for scan in scans:
-            if any(file.samefile(scan) for file in present if scan.exists()):
-                raise ValueError(f"{scan}: its results would replace the scan; choose another "
-                                 "--output_dir")  # fmt: skip
+        for file in present:
+            if file.resolve() in scans:
+                raise ValueError(f"{file} is a scan to segment, which results would replace; "
+                                 "choose another --output_dir")  # fmt: skip
         if overwrite or not present:
             return
         earlier = read_description(self.description)

@@ -56,8 +56,8 @@ def predict_each(
     """
     args.output_dir.mkdir(parents=True, exist_ok=True)
     sweep(args.output_dir)
-    names = result_names(scans)
-    own = list(zip(scans, names, strict=True))[rank() :: world_size()]
+    inputs = {scan.resolve() for scan in scans}
+    own = list(zip(scans, result_names(scans), strict=True))[rank() :: world_size()]
     failed = 0
     with terminated_as_exit():
         for path, name in tqdm(
@@ -65,7 +65,7 @@ def predict_each(
         ):
             files = ResultFiles(args.output_dir, name, plain=args.names == "nnunet")
             try:
-                files.check(scans, overwrite=args.overwrite)
+                files.check(inputs, overwrite=args.overwrite)
                 text = segment(path, files)
             except AssertionError:  # a mistake of ours
                 raise

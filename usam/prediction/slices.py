@@ -135,7 +135,7 @@ def predict_scan(
 def intensity_warnings(scan: ScanSlices) -> list[str]:
     """A line if the scan's values do not suit the window that the model was trained with."""
     misfit = window_misfit(scan.volume.slices, scan.window)
-    if not misfit or scan.is_constant:
+    if not misfit or scan.scan.is_constant:
         return [f"{misfit}; nothing to segment"] if misfit else []
     return [f"{misfit}; give --window LOW HIGH in the scan's units, or --window percentile if the "
             "model was trained with it"]  # fmt: skip
@@ -212,7 +212,7 @@ def _segment(
 ) -> None:
     """Fill labels (S, H, W), zero before, slice by slice; a slice without a prompt stays zero."""
     numbers = list(range(len(scan))) if given is None else given.slices
-    if scan.is_constant:
+    if scan.scan.is_constant:
         numbers = []
     size = labels.shape[1:]
     if probabilities is not None and len(numbers) < len(scan):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dataset.crops import click_origin
-from dataset.scans.volumes import ScanVolume, read_label_volume, read_volume
+from dataset.scans.read import read_scan
+from dataset.scans.volumes import ScanVolume, read_label_volume, volume_of
 from dataset.text import counted, printable
 from usam.models.sam_med3d import THRESHOLD
 from usam.prediction.planes import draw_objects
@@ -44,13 +45,29 @@ def predict(args: Namespace, precision: Precision, saved: dict[str, Any] | None)
 
     def segment(path: Path, files: ResultFiles) -> str:
         prompts = volume_prompts_of(args, contents, path)
-        scan = read_volume(path, args.channel, args.series)
+        stored = read_scan(path, args.channel, args.series)
+        scan, warnings = volume_of(stored), intensity_warnings(stored.array)
         known = read_label_volume(args.init_mask, scan.grid) if args.init_mask else None
         objects = [marked(one, scan, mm=prompts.mm) for one in prompts.objects]
-        label, rows = segment_objects(EmbeddingCache(model, scan.image, precision), objects, known)
-        return write_results(files, scan, label, rows, facts, objects if args.overlay else ())
+        cache = EmbeddingCache(model, scan.image, precision)
+        label, rows = segment_objects(cache, objects, known)
+        if stored.is_constant:
+            label[:] = 0
+        about = facts | {"warnings": warnings}
+        return write_results(files, scan, label, rows, about, objects if args.overlay else ())
 
     predict_each(args, scans, segment, precision.device)
+
+
+def intensity_warnings(array: np.ndarray) -> list[str]:
+    """A line if a scan's values are not such as the model was trained on."""
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        return [f"every voxel is {low:g}; nothing to segment"]
+    if high <= 0:
+        return [f"no voxel is above 0, where the model expects the body; the scan's values are "
+                f"{low:g} to {high:g}"]  # fmt: skip
+    return []
 
 
 def segment_objects(
@@ -151,7 +168,8 @@ def write_results(
         draw_objects(files.overlay, scan, label, drawn, title=files.name)
     files.remove_others([files.overlay] if drawn else [])
     scan.save(files.label_map, label)
-    warnings = [*header.remarks, *(line for row in rows for line in _warnings(row))]
+    of_objects = [line for row in rows for line in _warnings(row)]
+    warnings = [*header.remarks, *facts["warnings"], *of_objects]
     about = {"input": header.path.name, "shape": list(header.shape), **facts}
     files.describe({**about, "warnings": warnings, "objects": rows})
     found = "\n  ".join(map(_line, rows))
