@@ -259,7 +259,7 @@ def _no_number(text: str) -> None:
 
 def _scan_prompts(content: Any) -> ScanPrompts:
     if not isinstance(content, dict) or not content.keys() <= {"points", "boxes", "mm"}:
-        raise ValueError('expected an object with "points", "boxes" and "mm"')
+        raise ValueError('expected {"points": [...], "boxes": [...], "mm": false} for U-SAM')
     points, boxes = content.get("points", []), content.get("boxes", [])
     if not isinstance(points, list) or not isinstance(boxes, list):
         raise ValueError('"points" and "boxes" must be lists')
@@ -275,7 +275,7 @@ def _scan_prompts(content: Any) -> ScanPrompts:
 
 def _volume_prompts(content: Any) -> VolumePrompts:
     if not isinstance(content, dict) or not {"objects"} <= content.keys() <= {"objects", "mm"}:
-        raise ValueError('expected {"objects": [...], "mm": false}')
+        raise ValueError('expected {"objects": [...], "mm": false} for SAM-Med3D')
     if not isinstance(content["objects"], list) or not content["objects"]:
         raise ValueError('"objects" must be a list of at least one object')
     objects = tuple(_object(one, number) for number, one in enumerate(content["objects"], start=1))

@@ -159,4 +159,4 @@ def measured_text(row: Mapping[str, Any]) -> str:
 
 def with_warnings(text: str, scan: str, warnings: Iterable[str]) -> str:
     """A text for the terminal with a further line for each warning about the file `scan`."""
-    return "\n".join([text, *(f"  warning: {scan}: {warning}" for warning in warnings)])
+    return "\n".join([text, *(f"  warning: {printable(scan)}: {warning}" for warning in warnings)])

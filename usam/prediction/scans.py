@@ -74,7 +74,8 @@ def predict_each(
                 if len(scans) == 1:
                     raise problem from error
                 failed += 1
-                tqdm.write(f"u-sam.py: error: {printable(problem)}", file=sys.stderr)
+                line = printable(problem, keep="\n")
+                tqdm.write(f"u-sam.py: error: {line}", file=sys.stderr)
             else:
                 tqdm.write(printable(text, keep="\n"))
     if number := int(reduce_sum(torch.tensor(failed, device=device))):
@@ -83,9 +84,9 @@ def predict_each(
 
 def in_one_line(path: Path, error: Exception) -> Exception:
     """What went wrong with a scan as an error of one line that names the scan."""
-    if isinstance(error, ValueError | OSError) and str(error).strip():
-        return error
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, ValueError | OSError) and text:
+        return error if path.name in text else ValueError(f"{path}: {text}")
     kind = "not enough memory" if _is_memory(error) else type(error).__name__
     return ValueError(f"{path}: {kind}{': ' if text else ''}{text}")
 

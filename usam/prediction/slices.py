@@ -25,6 +25,7 @@ from dataset.palette import class_colors
 from dataset.scans.slices import ScanSlices
 from dataset.scans.window import parse_window, window_misfit
 from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
+from dataset.text import printable
 from usam.prediction.overlay import Panel, save_montage, spread_slices
 from usam.prediction.prompts import ScanPrompts, read_prompts, slice_prompts_of
 from usam.prediction.results import (
@@ -129,7 +130,8 @@ def predict_scan(
     rows = class_rows(label, predictor, scan.header.voxel_ml)
     about = describe(scan, given, predictor) | dict(facts)
     files.describe(about | {"warnings": warnings, "classes": rows})
-    return with_warnings(f"{files.label_map}: {one_line(rows)}", scan.header.path.name, warnings)
+    text = f"{printable(files.label_map)}: {one_line(rows)}"
+    return with_warnings(text, scan.header.path.name, warnings)
 
 
 def intensity_warnings(scan: ScanSlices) -> list[str]:

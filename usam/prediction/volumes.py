@@ -173,7 +173,7 @@ def write_results(
     about = {"input": header.path.name, "shape": list(header.shape), **facts}
     files.describe({**about, "warnings": warnings, "objects": rows})
     found = "\n  ".join(map(_line, rows))
-    return with_warnings(f"{files.label_map}: {found}", header.path.name, warnings)
+    return with_warnings(f"{printable(files.label_map)}: {found}", header.path.name, warnings)
 
 
 def _line(row: Mapping[str, Any]) -> str:
