@@ -121,7 +121,7 @@ def run_rows(
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """Threads as asked for, and float32 meaning float32: no TF32 on either side."""
+    """The requested threads, and float32 meaning float32: no TF32 on either side."""
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -45,7 +45,7 @@ def shares(profiler: profile, kind: str, rows: int) -> str:
         (event.key, getattr(event, f"self_{kind}_time_total"), event.count)
         for event in profiler.key_averages()
         if kind == "cpu" or event.device_type != DeviceType.CPU and not event.is_user_annotation
-    ]  # an operation's device time is that of its kernels, which are listed, too
+    ]  # an operation's device time is that of its kernels, which are also listed
     found = sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
     whole = sum(spent for _, spent, _ in found)
     products = sum(spent for name, spent, _ in found if any(part in name for part in PRODUCTS))

@@ -156,7 +156,7 @@ def source_digest(root: Path, splits: list[Split]) -> str:
 def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Image and label of one npz of the release, uint8 (H, W), transposed as stored.
 
-    The image is clipped to [0, 1], then scaled to 0..255 and truncated; label 3 (tumour, too)
+    The image is clipped to [0, 1], then scaled to 0..255 and truncated; label 3 (also tumour)
     becomes 2. Raises ValueError, naming the file, for anything else than the release's content.
     """
     try:

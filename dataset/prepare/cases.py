@@ -1,4 +1,4 @@
-"""One case after another: what is packed, what is kept from an earlier run, and who tests."""
+"""Case after case: what is packed, what is kept from an earlier run, which are test cases."""
 
 from __future__ import annotations
 

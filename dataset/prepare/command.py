@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_case_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which cases there are, what their labels mean and who tests."""
+    """The flags that say which cases there are, what their labels mean and which are test cases."""
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
     parser.add_argument(
         "--series", type=int, help="which of several DICOM series in a case's folder, from 1"

@@ -209,7 +209,7 @@ def foreign(folder: Path) -> list[Path]:
 
 
 def link_file(source: Path | str, target: Path | str) -> None:
-    """Gives a file a second name, or copies it where the file system has no hard links."""
+    """Hard-links a file, or copies it where the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

@@ -20,10 +20,11 @@ from dataset.store.slices import write_case, write_index
 from tests.conftest import ROOT
 from tests.helpers import layouts, volume_layouts
 from tests.helpers.layouts import slice_store
-from tests.stress import ranks, saves, tiny_run
+from tests.stress import ranks, saves
 from tests.stress.digest import run_digest
 from tests.stress.injector import Injector, Operation, raising, wait_for
-from tests.stress.strikes import Strike
+from tests.stress.runs import tiny_run
+from tests.stress.runs.strikes import Strike
 from usam.evaluation.metrics import ClassCounts
 from usam.training import checkpoint
 from usam.training.checkpoint import CheckpointWriter

@@ -23,9 +23,9 @@ from dataset.verify.command import main as verify
 from tests.conftest import ROOT
 from tests.helpers import layouts
 from tests.helpers.layouts import slice_store
-from tests.stress import tiny_run
 from tests.stress.hostile.stores import make_slices, make_volumes
 from tests.stress.injector import in_a_child, wait_for
+from tests.stress.runs import tiny_run
 from usam.training import checkpoint
 from usam.weights.checkpoint_parts import FORMAT
 from usam.weights.torch_files import check_content, read_file

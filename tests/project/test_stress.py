@@ -20,7 +20,7 @@ from tests.stress.digest import PARTS, leaves, state_digest
 from tests.stress.hostile.kinds import Kind
 from tests.stress.injector import Injector, Moment, in_a_child, raising, wait_for
 from tests.stress.rows import Row, summary
-from tests.stress.strikes import Strike
+from tests.stress.runs.strikes import Strike
 from usam.training import checkpoint
 
 

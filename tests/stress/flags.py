@@ -23,9 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.stress.flag_files import TINY, Known, make_checkpoint, make_known, plain_environment
+from tests.stress.hostile.flag_files import (
+    TINY,
+    Known,
+    make_checkpoint,
+    make_known,
+    plain_environment,
+)
 from tests.stress.rows import Row
-from tests.stress.tiny_run import SCRIPT, alive_in_session, warm_up
+from tests.stress.runs.tiny_run import SCRIPT, alive_in_session, warm_up
 from usam.cli.choices import MODELS
 from usam.cli.flags import FLAGS, MED3D, USAM, Flag
 from usam.cli.parser import fill_defaults, parse_flags

@@ -20,8 +20,8 @@ from pathlib import Path
 from tests.helpers.layouts import slice_store
 from tests.stress.injector import in_a_child
 from tests.stress.rows import Row
-from tests.stress.strikes import ERRORS, PLACES, Strike, in_variable
-from tests.stress.tiny_run import FLAGS, ROOT, SMALL, alive_in_session, as_main, warm_up
+from tests.stress.runs.strikes import ERRORS, PLACES, Strike, in_variable
+from tests.stress.runs.tiny_run import FLAGS, ROOT, SMALL, alive_in_session, as_main, warm_up
 
 MAX_SECONDS = 15  # from the strike to the end of the last process
 PATIENCE = 600  # for a launch to come to the strike at all
@@ -54,7 +54,7 @@ def begin(world: int, flags: list[str], strike: Strike, *, log: Path, launched: 
     if launched:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", str(world), "-m", "tests.stress.strikes", *flags),
+            *("--nproc_per_node", str(world), "-m", "tests.stress.runs.strikes", *flags),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | in_variable(strike)
         with log.open("w", encoding="utf-8") as output:

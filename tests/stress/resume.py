@@ -23,8 +23,8 @@ from tests.helpers.layouts import slice_store
 from tests.stress.digest import differences, run_digest
 from tests.stress.injector import wait_for
 from tests.stress.rows import Row
-from tests.stress.strikes import Strike, in_variable
-from tests.stress.tiny_run import FLAGS, ROOT, SMALL, start, warm_up
+from tests.stress.runs.strikes import Strike, in_variable
+from tests.stress.runs.tiny_run import FLAGS, ROOT, SMALL, start, warm_up
 from usam.runtime.signals import STOPPED
 
 EPOCHS = 3
@@ -94,7 +94,7 @@ def launch_once(
     """The same through torchrun, whose one exit code it gives."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(case.world), "-m", "tests.stress.strikes", *flags),
+        *("--nproc_per_node", str(case.world), "-m", "tests.stress.runs.strikes", *flags),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (in_variable(strike) if strike else {})
     with log.open("w", encoding="utf-8") as output:

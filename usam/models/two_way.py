@@ -1,6 +1,6 @@
-"""How SAM's two-way transformer starts where no trained weights are at hand.
+"""How SAM's two-way transformer starts without trained weights.
 
-usam.weights and usam.model3d start the decoders of both models so.
+usam.weights and usam.models.sam_med3d start the decoders of both models so.
 """
 
 from __future__ import annotations

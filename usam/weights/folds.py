@@ -13,7 +13,8 @@ def check_start(
     """Raises ValueError where --init, a checkpoint's content, has seen cases of the run's `fold`.
 
     data: what the run's checkpoints say of it. A checkpoint of the same store must have been
-    trained with the same fold, and one of the same data set prepared otherwise with that or none.
+    trained with the same fold, and one of the same data set prepared differently with that fold
+    or none.
     """
     theirs = content["data"]
     same_store = theirs.get("digest") is not None and theirs["digest"] == data["digest"]

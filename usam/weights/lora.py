@@ -1,4 +1,4 @@
-"""LoRA files as SAMed and its kin write them: `w_a_000` and so on, with or without a decoder.
+"""LoRA files in the format of SAMed: `w_a_000` and so on, with or without a decoder.
 
 u-sam.py starts LoRA from one (`--lora_weight`) and writes one (`--export_lora`).
 """

@@ -33,7 +33,7 @@ def load_or_initialize(args: Namespace, saved: dict[str, Any] | None) -> SamMed3
     if state is not None:
         load_model_state(model, state, source)
     elif args.eval or args.predict:
-        raise ValueError("random weights know nothing: name --resume or a --sam_weight file")
+        raise ValueError("--eval and --predict need trained weights: pass --resume or --sam_weight")
     size = f"SAM-Med3D {args.sam_model}, {model.side} voxels a side, {args.rel_pos} positions"
     say(f"{size}: {source or 'random weights'}")
     return model

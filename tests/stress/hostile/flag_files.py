@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from tests.helpers.layouts import slice_store
-from tests.stress.tiny_run import SCRIPT
+from tests.stress.runs.tiny_run import SCRIPT
 
 # Of real runs: nothing large, long or from the network. Given last, so that they win.
 TINY = (

@@ -25,7 +25,7 @@ from tests.stress.counts import free_port
 from tests.stress.injector import in_a_child
 from usam.weights import usam as weights
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "u-sam.py"
 SMALL = {"side": 16, "num_slices": 4, "test": 1}  # the slices they run on
 FLAGS = (

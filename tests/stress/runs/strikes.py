@@ -1,7 +1,7 @@
 """Strikes in a training run: a signal or an error in forward, backward, evaluation or save.
 
 Parts that stop and kill runs install one in a process that is about to become u-sam.py;
-`python -m tests.stress.strikes FLAGS` is such a process for launchers.
+`python -m tests.stress.runs.strikes FLAGS` is such a process for launchers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tests.stress.injector import Injector, Moment, on_call
-from tests.stress.tiny_run import as_main
+from tests.stress.runs.tiny_run import as_main
 from usam.evaluation import pixels
 from usam.training.checkpoint import CheckpointWriter
 from usam.training.usam import SegmentationStep
@@ -106,7 +106,7 @@ class Strike:
 
 
 def in_variable(strike: Strike) -> dict[str, str]:
-    """The environment variable that makes `python -m tests.stress.strikes` strike."""
+    """The environment variable that makes `python -m tests.stress.runs.strikes` strike."""
     return {VARIABLE: json.dumps(asdict(strike))}
 
 

@@ -1,0 +1,1 @@
+"""Tiny training runs as processes, and what interrupts them."""
