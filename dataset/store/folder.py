@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files import SCRATCH, array_digest, atomic_write, file_digest, rebuilt, write_text
+from dataset.files import (
+    SCRATCH,
+    array_digest,
+    atomic_write,
+    file_digest,
+    rebuilt,
+    sweep,
+    write_text,
+)
 
 SPLITS = ("train", "val", "test")
 KINDS = ("image", "mask")  # of a case's arrays
@@ -180,6 +188,8 @@ def new_store(
                 f" another folder{advice}"
             )
     with rebuilt(folder, purpose, keep=keep, wait=wait) as new:
+        for place in (new, new / "cases"):
+            sweep(place)
         yield new
         hidden = [path for path in others if path.name.startswith(".")]
         for path in hidden if (new / "index.json").is_file() else ():
