@@ -85,7 +85,7 @@ def find_splits(root: Path) -> list[Split]:
         if not files and not table.is_file():
             continue
         if not table.is_file():
-            raise FileNotFoundError(f"rectum: {table} is missing; wanted {LAYOUT}")
+            raise FileNotFoundError(f"rectum: {table} is missing; expected {LAYOUT}")
         boxes = read_boxes(table)
         present = {file.stem for file in files}
         for missing in sorted(boxes.keys() - present):
@@ -95,7 +95,7 @@ def find_splits(root: Path) -> list[Split]:
         splits.append(Split(name, files, boxes))
     if not any(split.files for split in splits):
         raise FileNotFoundError(
-            f"rectum: no slices under {root}; wanted {LAYOUT}: pass --data_root,"
+            f"rectum: no slices under {root}; expected {LAYOUT}: pass --data_root,"
             " or try --dataset phantom, which needs no data"
         )
     return splits
@@ -117,7 +117,7 @@ def read_boxes(table: Path) -> dict[str, tuple[float, ...]]:
                 if not row or FOUR_NUMBERS.fullmatch(cell) is None:
                     if reader.line_num == 1 or not any(row):
                         continue
-                    raise ValueError(f'{where}: NAME,"[x, y, x, y]" wanted, found {row!r:.120}')
+                    raise ValueError(f'{where}: expected NAME,"[x, y, x, y]", found {row!r:.120}')
                 box = tuple(float(number) for number in re.findall(NUMBER, cell))
                 if not all(map(math.isfinite, box)):
                     raise ValueError(f"{where}: box {box} is not finite")
@@ -131,7 +131,7 @@ def _slice_name(text: str, where: str) -> str:
     name = text.strip()
     outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\0" in name
     if outside or ".." in re.split(r"[/\\]", name):
-        raise ValueError(f"{where}: {text!r:.120} points outside the release; plain names wanted")
+        raise ValueError(f"{where}: {text!r:.120} points outside the release; use plain names")
     return check_name(name.removesuffix(".npz"), where)
 
 
@@ -179,23 +179,21 @@ def _read_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
     name = f"{key}.npy"
     if name not in archive.namelist():
         held = ", ".join(archive.namelist()[:5]) or "nothing"
-        raise ValueError(f"no array {key!r}; image and label are wanted, found {held:.200}")
+        raise ValueError(f"no array {key!r}; expected image and label, found {held:.200}")
     if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{key} is compressed in a way numpy never writes")
     with archive.open(name) as stream:
         head = stream.read(HEADER_BYTES)
         shape, fortran, dtype, offset = npy_header(head)
         if len(shape) != 2 or not all(0 < side <= MAX_SIDE for side in shape):
-            raise ValueError(
-                f"{key} is {shape}; a slice of up to {MAX_SIDE} x {MAX_SIDE} is wanted"
-            )
+            raise ValueError(f"{key} is {shape}; expected a slice of up to {MAX_SIDE} x {MAX_SIDE}")
         if dtype.kind not in "biuf" or dtype.itemsize > 16:
             raise ValueError(f"{key} holds {dtype}, not numbers")
         size = math.prod(shape) * dtype.itemsize
         data = head[offset:] + stream.read(max(0, size - (len(head) - offset)))
         if len(data) != size or stream.read(1):
             raise ValueError(
-                f"{key} holds {len(data)} bytes or more, {size} wanted: cut or damaged"
+                f"{key} holds {len(data)} bytes or more, expected {size}: cut or damaged"
             )
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 

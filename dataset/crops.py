@@ -50,7 +50,7 @@ def click_origin(clicks: ArrayLike, side: int) -> np.ndarray:
     """
     clicks = np.asarray(clicks, dtype=np.int64).reshape(-1, 3)
     if not len(clicks):
-        raise ValueError("at least one click is wanted to place a patch; pass --point X Y Z")
+        raise ValueError("a patch needs at least one click; pass --point X Y Z")
     low, high = clicks.min(axis=0), clicks.max(axis=0) + 1
     if (high - low > side).any():
         low, high = clicks[0], clicks[0] + 1

@@ -74,7 +74,7 @@ def _guarded(work: Callable[[Job], Any], job: Job) -> Any:
 
 
 def _die_with_parent() -> None:
-    """Ends this worker when its parent is killed; otherwise it would wait for work for ever."""
+    """Ends this worker when its parent is killed; it would wait for work without end."""
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])

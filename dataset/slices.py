@@ -72,7 +72,7 @@ def spread(number: int, total: int) -> list[int]:
 
 
 class StoreDataset(Dataset):
-    """What a Dataset of slices or volumes knows of its store.
+    """A Dataset over a store of slices or volumes.
 
     places: (case number, slice or class id) of each item. held_out: the training cases that
     validate, where they were drawn, see splits.held_out_ids.

@@ -21,7 +21,7 @@ def held_out(
     """A share of the cases, the same for the same ids and seed; at least two cases stay behind.
 
     With `shows` both sides show foreground and each class, where enough cases do: a draw that lacks
-    some of them is mended by exchanging single cases, see `balanced`.
+    some of them is corrected by exchanging single cases, see `balanced`.
     """
     ordered = sorted(set(cases))
     number = min(round(len(ordered) * fraction), len(ordered) - 2)

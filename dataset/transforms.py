@@ -131,7 +131,7 @@ def apply(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
 
 def _check_square(image: Tensor, mask: Tensor) -> None:
     if image.shape[-2:] != mask.shape[-2:] or image.shape[-1] != image.shape[-2]:
-        raise ValueError(f"augment: square slices wanted, found {tuple(image.shape[-2:])}")
+        raise ValueError(f"augment: expected square slices, found {tuple(image.shape[-2:])}")
 
 
 def _permute(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

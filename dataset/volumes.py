@@ -46,7 +46,7 @@ def open_volumes(
     FileNotFoundError where there is no data.
     """
     if name not in VOLUMES:
-        raise ValueError(f"dataset {name!r} holds no volumes; wanted one of {', '.join(VOLUMES)}")
+        raise ValueError(f"dataset {name!r} holds no volumes; expected one of {', '.join(VOLUMES)}")
     root = data_root if data_root is not None else VOLUMES[name].root
     if root is None:
         raise ValueError(f"dataset {name}: --data_root must name a prepared store or {LAYOUT}")

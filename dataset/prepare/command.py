@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="LOW HIGH (HU), percentile (MR: 0.5 to 99.5 %% of each scan) or a preset:"
         f" {', '.join(WINDOWS)}; -160 240 unless dataset.json says it is not CT",
     )
-    parser.add_argument("--spacing", type=_positive, help="in-plane mm a pixel; native if left out")
+    parser.add_argument("--spacing", type=_positive, help="in-plane mm a pixel; native by default")
     parser.add_argument("--body_crop", action="store_true", help="cut slices to the patient")
     parser.add_argument("--clahe", action="store_true", help="training applies CLAHE (as for CARE)")
     _add_case_flags(parser)
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prepare: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare: stopped; run it again to go on, finished cases are kept", file=sys.stderr)
+        print("prepare: stopped; finished cases are kept for the next run", file=sys.stderr)
         return 130
     print("\n".join(lines))
     return 0

@@ -111,7 +111,7 @@ def find_word(root: Path, channel: int | None = None) -> Source:
     found = with_splits(root)
     if found is None:
         raise FileNotFoundError(
-            f"word: no scans under {root}; wanted imagesTr/word_0002.nii.gz, labelsTr/..., and the"
+            f"word: no scans under {root}; expected imagesTr/word_0002.nii.gz, labelsTr/..., and the"
             " like for Val and Ts"
         )
     return paired_splits(Source("word", found, class_table(word.ORGANS), []), channel)
@@ -142,7 +142,7 @@ def find_nnunet(root: Path, channel: int | None = None) -> Source:
     classes = class_table(_nnunet_names(path, labels))
     source = paired_splits(Source("nnunet", root, classes, [], window), channel)
     if not source.cases:
-        raise FileNotFoundError(f"nnunet: no labelled scans in {root}; wanted imagesTr, labelsTr")
+        raise FileNotFoundError(f"nnunet: no labelled scans in {root}; expected imagesTr, labelsTr")
     return source
 
 
@@ -178,7 +178,7 @@ def find_folder(
     for folder in (images, labels):
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"folder: no folder {folder}; wanted images and labels below --input, or --labels"
+                f"folder: no folder {folder}; expected images and labels below --input, or --labels"
             )
     table = class_table(classes) if classes else None
     if images.resolve() == labels.resolve():

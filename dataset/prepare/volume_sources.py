@@ -88,7 +88,7 @@ def _find_layout(roots: Sequence[Path], channel: int | None) -> Source:
                 unmatched=source.unmatched + found.unmatched,
             )
     if not source.cases:
-        raise FileNotFoundError(f"volumes: no labelled scan in {roots[0]}; wanted {LAYOUT}")
+        raise FileNotFoundError(f"volumes: no labelled scan in {roots[0]}; expected {LAYOUT}")
     names = sorted({class_of(case.id) for case in source.cases})
     return replace(source, classes=class_table(names))
 
@@ -109,7 +109,7 @@ def _find_other(
     found = with_splits(root)
     if found is None:
         raise FileNotFoundError(
-            f"volumes: no scans found in {root}; wanted {LAYOUT}, nnU-Net (dataset.json), imagesTr"
+            f"volumes: no scans found in {root}; expected {LAYOUT}, nnU-Net (dataset.json), imagesTr"
             " and labelsTr, images and labels, or --labels"
         )
     if (found / "dataset.json").is_file():

@@ -104,21 +104,21 @@ def _check_case(case: Entry, where: str, num_classes: int) -> None:
     if not (
         isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
     ):
-        raise ValueError(f"{where}: shape [S, H, W] wanted, found {shape!r:.80}")
+        raise ValueError(f"{where}: expected shape [S, H, W], found {shape!r:.80}")
     if not (
         isinstance(names, list) and len(names) == shape[0] and all(type(n) is str for n in names)
     ):
-        raise ValueError(f"{where}: {shape[0]} slice names wanted")
+        raise ValueError(f"{where}: expected {shape[0]} slice names")
     if listed is not None and not (isinstance(listed, list) and len(listed) == shape[0]):
-        raise ValueError(f"{where}: {shape[0]} entries of 'listed', or null, wanted")
+        raise ValueError(f"{where}: expected {shape[0]} entries of 'listed', or null")
     spacing = case["spacing"]
     if spacing is not None and not _is_spacing(spacing):
         raise ValueError(
-            f"{where}: spacing [z, y, x] in mm, or null, wanted, found {spacing!r:.80}"
+            f"{where}: expected spacing [z, y, x] in mm, or null, found {spacing!r:.80}"
         )
     pixels = case["pixels"]
     if not isinstance(pixels, list) or len(pixels) != shape[0]:
-        raise ValueError(f"{where}: pixel counts of {shape[0]} slices wanted")
+        raise ValueError(f"{where}: expected pixel counts of {shape[0]} slices")
     for row in pixels:
         if not (
             isinstance(row, list) and len(row) == num_classes and all(type(n) is int for n in row)

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 from tests.stress.rows import Row, machine, summary  # noqa: E402
 
-PARTS = ("saves", "files", "counts", "ranks", "resume", "cost", "headers", "flags")
+PARTS = ("saves", "files", "counts", "ranks", "resume", "cost", "headers", "flags", "prepare")
 
 
 def main() -> int:

@@ -56,9 +56,9 @@ def run_prepare(source: Path, store: Path, options: tuple[str, ...]) -> int:
 @contextmanager
 def silent() -> Iterator[None]:
     """A context whose output is not shown."""
-    with open(os.devnull, "w", encoding="utf-8") as null:
-        with redirect_stdout(null), redirect_stderr(null):
-            yield
+    null = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    with null, redirect_stdout(null), redirect_stderr(null):
+        yield
 
 
 def errors_in(store: Path) -> list[str]:
