@@ -111,8 +111,8 @@ def find_word(root: Path, channel: int | None = None) -> Source:
     found = with_splits(root)
     if found is None:
         raise FileNotFoundError(
-            f"word: no scans under {root}; expected imagesTr/word_0002.nii.gz, labelsTr/..., and the"
-            " like for Val and Ts"
+            f"word: no scans under {root}; expected imagesTr/word_0002.nii.gz, labelsTr/..., and"
+            " the same for Val and Ts"
         )
     return paired_splits(Source("word", found, class_table(word.ORGANS), []), channel)
 

@@ -109,7 +109,7 @@ def _find_other(
     found = with_splits(root)
     if found is None:
         raise FileNotFoundError(
-            f"volumes: no scans found in {root}; expected {LAYOUT}, nnU-Net (dataset.json), imagesTr"
+            f"volumes: no scans in {root}; expected {LAYOUT}, nnU-Net (dataset.json), imagesTr"
             " and labelsTr, images and labels, or --labels"
         )
     if (found / "dataset.json").is_file():
