@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +107,7 @@ def locked(
         print(f"warning: {folder}: no file locks here; run one process at a time", flush=True)
     try:
         os.truncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()} ({purpose})".encode())
+        os.write(handle, f"process {os.getpid()} on {os.uname().nodename} ({purpose})".encode())
         _handles.add(handle)
         yield
     finally:

@@ -124,7 +124,7 @@ def test_a_fault_found_while_loading_is_one_line(
         capsys, *TRAINED, "--data_root", root, "--output_dir", tmp_path / "run",
         "--num_workers", num_workers,
     )  # fmt: skip
-    assert_refused(result, "label 9 is outside the table of 3 classes")
+    assert_refused(result, "label ids 9 are outside the class table, 0 to 2")
 
 
 def test_checkpoints_that_are_missing_or_something_else_are_named(

@@ -113,8 +113,8 @@ def test_a_resumed_run_may_go_further_at_other_rates(
     assert_same_run(again, trained)
     result = run(capsys, *flags, "--epochs", "4", "--lr", "0.5", "--override")
     assert result.code == 0, result.err
-    assert "--override: goes on, and the result changes: --lr 0.5 (was 0.001)" in result.out
-    assert "otherwise than before: --epochs 4 (was 3)" in result.out
+    assert "--override: the result changes: --lr 0.5 (was 0.001)" in result.out
+    assert "--epochs 4 (was 3)" in result.out
     line = json.loads((again / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     # The last of two steps begins at 44 of 48 samples, 6 of them warm-up.
     assert (line["epoch"], line["lr"]) == (3, pytest.approx(0.5 * (1 - (44 - 6) / 48) ** 0.9))

@@ -138,7 +138,7 @@ def test_folds_are_evaluated_on_their_own_cases_and_merged(
     assert (found[0]["split"], found[0]["cases"]) == ("fold 0, fold 1", 6)
     assert "mean ± standard deviation over folders" in result.out
     wrong = evaluation(store, tmp_path / "wrong", runs / "fold0" / "best.pth")
-    assert_refused(run(capsys, *wrong, "--fold", "1"), "--fold 1", "--fold 0 and has seen")
+    assert_refused(run(capsys, *wrong, "--fold", "1"), "was trained on 3 cases", "pass --override")
     onto = run(capsys, "--merge", *folders, "--output_dir", folders[1])
     assert_refused(onto, f"--output_dir {folders[1]}", "overwritten")
     again = shutil.copytree(store, tmp_path / "again")

@@ -179,7 +179,7 @@ def test_published_weights_predict_without_a_checkpoint_of_ours(
         (["--point", 500, 1, 1, "--mm"], "click 500 1 1 mm lies outside"),
         ([], "object has no prompt"),
         (["--point", 1, 1, 1, 0], "only points outside it"),
-        (["--box", 1, 2, 3, 4], "--box wants 6 numbers"),
+        (["--box", 1, 2, 3, 4], "--box: expected 6 numbers"),
         (["--prompts", "none.json"], "none.json: no such file"),
         (["--point", 1, 1, 1, "--window", "liver"], "--window is not for --model sam-med3d"),
         (["--point", 1, 1, 1, "--init_mask", "none.nii.gz"], "none.nii.gz"),

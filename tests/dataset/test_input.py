@@ -16,7 +16,8 @@ from dataset.slices import CLIP_LIMITS, SliceDataset, equalize, neighbours
 from dataset.store.slices import SliceStore, write_case, write_index
 from tests.helpers.command import TINY, run
 from usam.cli.choices import MIXED
-from usam.prediction.prompts import ScanPrompts, slice_prompts
+from usam.prediction.prompts import ScanPrompts
+from usam.prediction.slice_prompts import slice_prompts
 
 SIDE, NUM_SLICES = 128, 5
 LISTED = [True, False, True, True, False]

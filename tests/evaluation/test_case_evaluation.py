@@ -135,7 +135,7 @@ def test_entries_of_one_case_count_together_wherever_the_index_has_them(tmp_path
 def test_slices_that_are_not_evaluated_count_as_empty(tmp_path: Path) -> None:
     mask = case(np.random.default_rng(2), (4, 32, 32))
     data = make(tmp_path, [("a", "a", mask, None)])
-    data.slices = data.slices[1:3]
+    data.places = data.places[1:3]
     (rows,) = evaluate_cases(Thresholds(), data, **RUN)[1].rows.values()
     assert rows[1]["true_volume"] == np.count_nonzero(mask[1:3] == 2)
 

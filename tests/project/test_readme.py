@@ -52,7 +52,11 @@ def test_pages_hold_the_published_commands() -> None:
         assert start in found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "CONTRIBUTING.md"],  # its test runs them
+    ids=lambda page: page.name,
+)
 def test_every_command_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: argparse.ArgumentParser, message: str) -> None:
         raise ValueError(message)

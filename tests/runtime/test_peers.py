@@ -18,10 +18,11 @@ WITHIN = 15  # seconds
 FAULTY = f"""
 import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from usam.training import checkpoint
-from usam.training import engine
+from usam.evaluation import pixels
+from usam.training import checkpoint, engine, usam
 kind, place, rank, busy = os.environ["FAULT"].split()
-owner = checkpoint if place == "save" else engine
+owners = {{"save": checkpoint, "to_device": usam, "predictions": pixels}}
+owner = owners.get(place, engine)
 real, calls = getattr(owner, place), iter(range(100))
 
 def faulty(*given, **named):
