@@ -145,7 +145,7 @@ def test_folds_are_evaluated_on_their_own_cases_and_merged(
     pairs = [(f"train{number}", "train") for number in range(6)]
     write_json(again / "splits.json", split_table(pairs, folds=2, seed=2))
     wrong = evaluation(again, tmp_path / "wrong", runs / "fold0" / "best.pth")
-    assert_refused(run(capsys, *wrong, "--fold", "0"), "best.pth", "another fold 0")
+    assert_refused(run(capsys, *wrong, "--fold", "0"), "best.pth", "was trained on 2 cases")
 
 
 def test_checkpoints_and_views_are_averaged(
