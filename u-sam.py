@@ -106,6 +106,8 @@ def predict(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> No
     """Segment the scans of --predict."""
     if args.model == "sam-med3d":
         from usam.prediction import volumes as prediction
+    elif saved is None:
+        from usam.prediction import pretrained as prediction
     else:
         from usam.prediction import slices as prediction
     prediction.predict(args, precision, saved)

@@ -9,7 +9,8 @@ from argparse import ArgumentParser, Namespace
 from usam.cli.choices import AUTO, MODELS, VOLUMES
 from usam.cli.flags import FLAGS, MAX_WORKERS, MED3D, USAM
 
-BOX_LENGTH = {USAM: 4, MED3D: 6}
+SLICE_BOX, VOLUME_BOX = 4, 6  # numbers
+BOX_LENGTH = {USAM: SLICE_BOX, MED3D: VOLUME_BOX}
 WORKERS_PER_CORE = 4  # more are slower, not faster
 
 # Two flags of which one at most may be given, and why.
@@ -66,7 +67,9 @@ def check_resume(parser: ArgumentParser, args: Namespace) -> None:
             continue
         if args.resume == AUTO:
             parser.error(f"--{run} needs the path of a checkpoint: --resume best.pth, not auto")
-        if args.resume is None and (run == "export_lora" or args.model != MED3D):
+        if args.resume is None and run == "predict" and args.model != MED3D:
+            check_untrained(parser, args)
+        elif args.resume is None and (run == "export_lora" or args.model != MED3D):
             parser.error(f"--{run} needs --resume PATH, the checkpoint to use")
     if args.ensemble and AUTO in (args.resume, *args.ensemble):
         parser.error("--resume auto is one checkpoint; name several by their paths")
@@ -75,6 +78,18 @@ def check_resume(parser: ArgumentParser, args: Namespace) -> None:
             f"--resume names {1 + len(args.ensemble)} checkpoints; training continues from one, "
             "only --eval and --predict average several"
         )
+
+
+def check_untrained(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits where --predict with SAM's own weights lacks prompts, or has flags of a checkpoint."""
+    if not (args.box or args.point or args.prompts):
+        parser.error(
+            "--predict needs --resume PATH, or --box, --point or --prompts to segment with the "
+            "weights of --sam_weight alone"
+        )
+    for name in ("probabilities", "tta", "img_size", "prompt_mode", "input"):
+        if is_given(args, name):
+            parser.error(f"--{name} needs --resume PATH; SAM's own weights have no such choice")
 
 
 def check_prompts(parser: ArgumentParser, args: Namespace) -> None:
@@ -86,8 +101,11 @@ def check_prompts(parser: ArgumentParser, args: Namespace) -> None:
         parser.error("--point: expected x y z or x y z label")
     if any(len(point) == 4 and point[3] not in (0, 1) for point in points):
         parser.error("--point: the label must be 1 (object) or 0 (background)")
-    if args.mm and not points and (not boxes or args.model == USAM):
-        parser.error("--mm needs --point, or --box with --model sam-med3d")
+    in_3d = any(len(box) == VOLUME_BOX for box in boxes)
+    if args.mm and not points and not in_3d:
+        parser.error("--mm needs --point, or a --box of x1 y1 z1 x2 y2 z2")
+    if in_3d and slices:
+        parser.error("--slice is for a --box of x1 y1 x2 y2")
     if args.lps and not (args.mm or args.prompts):
         parser.error("--lps needs --mm, or --prompts with coordinates in mm")
 
@@ -130,9 +148,13 @@ def check_model_flags(args: Namespace) -> None:
         other = next(name for name in MODELS if name != args.model)
         whose = f"{args.resume} is a {args.model} model" if args.resume else f"--model {args.model}"
         raise ValueError(f"--dataset {args.dataset} is for --model {other}; {whose}")
-    expected = BOX_LENGTH[args.model]
-    if any(len(box) != expected for box in args.box or []):
+    lengths = {len(box) for box in args.box or []}
+    untrained = args.model == USAM and args.predict and not args.resume
+    if lengths - ({SLICE_BOX, VOLUME_BOX} if untrained else {BOX_LENGTH[args.model]}):
+        expected = "4 or 6" if untrained else BOX_LENGTH[args.model]
         raise ValueError(f"--box: expected {expected} numbers for --model {args.model}")
+    if len(lengths) > 1:
+        raise ValueError("--box: give boxes on slices or a 3D box, not both")
     if args.data_root and len(args.data_root) == 1:
         args.data_root = args.data_root[0]
     elif args.data_root and args.model == USAM:

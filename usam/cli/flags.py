@@ -13,6 +13,7 @@ from usam.cli.choices import (
     MIXED,
     MODELS,
     NAMES,
+    PREPARATIONS,
     PROMPT_MODES,
     RECIPES,
     REL_POS,
@@ -113,6 +114,10 @@ FLAGS = (
     Flag("sam_weight", "model",
          "file of SAM's or SAM-Med3D's weights to start from; none: random weights",
          metavar="PATH|none", shown="found or downloaded in weight/"),
+    Flag("sam_preprocess", "model",
+         "without --resume: scale of the image that SAM's weights were trained with: sam: its mean "
+         "and deviation, minmax: 0 to 1, as MedSAM", choices=PREPARATIONS,
+         shown="the file's own", model=USAM, runs=("predict",)),
     Flag("adapter", "model",
          "u: SAM within the published U-shaped adapter; none: SAM's own patch embedding and "
          "decoder", choices=ADAPTERS, default="u", model=USAM, resume="model"),
@@ -246,15 +251,18 @@ FLAGS = (
          path, nargs="+", metavar="PATH"),
     Flag("window", "prediction",
          "intensity window: LOW HIGH in HU, percentile, or the name of a preset",
-         nargs="+", metavar="W", shown="the checkpoint's", model=USAM, runs=("predict",)),
+         nargs="+", metavar="W", model=USAM,
+         shown="the checkpoint's; without --resume abdomen for CT, else percentile",
+         runs=("predict",)),
     Flag("channel", "prediction", "number of the volume to use in files with several, from 0",
          whole(0), metavar="N", runs=("predict",)),
     Flag("series", "prediction",
          "number of the DICOM series to use in folders with several, from 1; left out, they are "
          "listed", whole(1), metavar="N", runs=("predict",)),
     Flag("box", "prediction",
-         "box prompt in voxels: x1 y1 x2 y2 on --slice; sam-med3d: x1 y1 z1 x2 y2 z2; may be "
-         "repeated", number(), nargs="+", metavar="V", repeated=True, runs=("predict",)),
+         "box prompt in voxels: x1 y1 x2 y2 on --slice; sam-med3d, or without --resume: "
+         "x1 y1 z1 x2 y2 z2; may be repeated",
+         number(), nargs="+", metavar="V", repeated=True, runs=("predict",)),
     Flag("slice", "prediction", "number of the slice of a --box, from 0, once for each box",
          whole(0), metavar="K", repeated=True, model=USAM, runs=("predict",)),
     Flag("point", "prediction",

@@ -23,9 +23,10 @@ from usam.prediction.markups import as_slice_prompts, as_volume_prompts, is_mark
 
 MAX_JSON_BYTES = 64 << 20
 MAX_INDEX = 2**31
-OBJECT_KEYS = {"name", "label", "points", "box", "centre"}
+OBJECT_KEYS = {"name", "label", "points", "box", "boxes", "centre"}
 
 Point = tuple[float, float, float, int]
+SliceBox = tuple[int | None, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ScanPrompts:
     """
 
     points: tuple[Point, ...] = ()
-    boxes: tuple[tuple[int | None, float, float, float, float], ...] = ()
+    boxes: tuple[SliceBox, ...] = ()
     mm: bool = False
 
     def __bool__(self) -> bool:
@@ -48,13 +49,15 @@ class ScanPrompts:
 class ObjectPrompts:
     """What a user marked of one object, which becomes `label` in the label map.
 
-    centre: the middle of the first window, where it is not that of the points.
+    box is in 3D, boxes are on slices as those of ScanPrompts. centre: the middle of the first
+    window, where it is not that of the points.
     """
 
     name: str = "object"
     label: int = 1
     points: tuple[Point, ...] = ()
     box: tuple[float, ...] | None = None
+    boxes: tuple[SliceBox, ...] = ()
     centre: tuple[float, ...] | None = None
 
 
@@ -260,17 +263,23 @@ def _no_number(text: str) -> None:
 def _scan_prompts(content: Any) -> ScanPrompts:
     if not isinstance(content, dict) or not content.keys() <= {"points", "boxes", "mm"}:
         raise ValueError('expected {"points": [...], "boxes": [...], "mm": false} for U-SAM')
-    points, boxes = content.get("points", []), content.get("boxes", [])
-    if not isinstance(points, list) or not isinstance(boxes, list):
-        raise ValueError('"points" and "boxes" must be lists')
+    points = content.get("points", [])
+    if not isinstance(points, list):
+        raise ValueError('"points" must be a list')
+    return ScanPrompts(
+        points=tuple(_point(point) for point in points),
+        boxes=_slice_boxes(content.get("boxes", [])),
+        mm=_in_mm(content),
+    )
+
+
+def _slice_boxes(boxes: Any) -> tuple[SliceBox, ...]:
+    if not isinstance(boxes, list):
+        raise ValueError('"boxes" must be a list')
     for box in boxes:
         if not isinstance(box, dict) or not {"box"} <= box.keys() <= {"box", "slice"}:
             raise ValueError(f'a box is {{"slice": k, "box": [x1, y1, x2, y2]}}, found {box!r:.80}')
-    return ScanPrompts(
-        points=tuple(_point(point) for point in points),
-        boxes=tuple(_slice_box(box.get("slice"), box["box"]) for box in boxes),
-        mm=_in_mm(content),
-    )
+    return tuple(_slice_box(box.get("slice"), box["box"]) for box in boxes)
 
 
 def _volume_prompts(content: Any) -> VolumePrompts:
@@ -311,6 +320,7 @@ def _object(content: Any, number: int) -> ObjectPrompts:
         label=label,
         points=tuple(_point(point) for point in points),
         box=None if box is None else _numbers(box, (6,), "a box is x1 y1 z1 x2 y2 z2"),
+        boxes=_slice_boxes(content.get("boxes", [])),
         centre=None if centre is None else _numbers(centre, (3,), "a centre is x y z"),
     )
 

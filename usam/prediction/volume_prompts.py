@@ -38,6 +38,8 @@ class MarkedObject:
 
 def marked(one: ObjectPrompts, scan: ScanVolume, *, mm: bool) -> MarkedObject:
     """An object's prompts in voxels of the volume; ValueError for what lies outside the scan."""
+    if one.boxes:
+        raise ValueError(f'{one.name}: boxes on slices are for --model u-sam; give a 3D "box"')
     signs = [point[3] for point in one.points]
     voxels = map(tuple, scan.clicks([point[:3] for point in one.points], mm=mm).tolist())
     clicks = tuple(zip(voxels, signs, strict=True))

@@ -177,8 +177,11 @@ def build_model(args: Namespace, data: dict[str, Any]) -> USam:
     data: the checkpoint's "data", as far as the training data know it.
     """
     classes = len(data["classes"])
-    model = build_usam(args.sam_model, classes, args.img_size, args.adapter, args.tuning)
     with processes.main_process_first():
+        stride = usam_weights.stride_to_start_from(args.sam_model, args.sam_weight, args.init)
+        model = build_usam(
+            args.sam_model, classes, args.img_size, args.adapter, args.tuning, stride
+        )
         start = {"init": args.init, "fold": args.fold, "data": data}
         say(usam_weights.initialize(model, args.sam_model, args.sam_weight, **start))
     if args.lora_weight:
