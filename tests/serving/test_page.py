@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_only_scans_of_the_list_are_read_and_only_with_the_key(running: Running)
     for name in ("../belly0", "/etc/passwd", "belly0.nii.gz", "", None, 3, ["belly0"]):
         answer = http.post("/api/open", json={"scan": name, "tab": "a-long-tab-name"})
         assert answer.status_code == 400, name
-    for path in ("/../u-sam.py", "/%2e%2e/u-sam.py", "/etc/passwd", "/page.html/.."):
+    for path in ("/../u-sam.py", "/%2e%2e/u-sam.py", "/etc/passwd", "//etc/passwd"):
         assert http.get(path).status_code == 404
     assert http.get("/api/work", headers={"Origin": "http://evil.example"}).status_code == 403
     assert http.get("/api/work", headers={"Host": "evil.example"}).status_code == 403
@@ -165,7 +166,7 @@ def test_a_user_clicks_undoes_names_and_saves(running: Running, liver, tmp_path:
         wait_for("!busy && scan.objects[0].marks === 1")
         assert voxels() == found
         name = driver.find_element("css selector", "#objects input[type=text]")
-        name.clear()
+        name.send_keys(Keys.CONTROL, "a")
         name.send_keys("right lobe", Keys.ENTER)
         wait_for("!busy && work.labels[0].name === 'right lobe'")
         canvas.click()
@@ -185,6 +186,9 @@ def test_a_user_clicks_undoes_names_and_saves(running: Running, liver, tmp_path:
         assert voxels() == found
         assert not driver.execute_script("return scan.read_only")
         severe = [one for one in driver.get_log("browser") if one["level"] == "SEVERE"]
-        assert not [one for one in severe if "favicon" not in one["message"]]
+        other = [
+            one for one in severe if not re.search(r"favicon|/api/open .* 409", one["message"])
+        ]
+        assert not other
     finally:
         driver.quit()

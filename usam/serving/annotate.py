@@ -127,7 +127,8 @@ class Annotation:
     def open(self, content: dict[str, Any]) -> dict[str, Any]:
         """Open a scan for a tab; a second tab may only look."""
         name, tab = content.get("scan"), content.get("tab")
-        if name not in self.work.scans:  # names, never paths, so that nothing else can be read
+        # A name of the list, never a path: nothing else can be read.
+        if not isinstance(name, str) or name not in self.work.scans:
             raise ValueError(f"no scan {name!r:.60} in this list")
         if not isinstance(tab, str) or not 8 <= len(tab) <= 64:
             raise ValueError("tab: expected a text of 8 to 64 characters")

@@ -111,7 +111,7 @@ class MarkedMask(ABC):
     def resume(self, marks: list[Mark], start: Region | None, region: Region | None) -> None:
         """Take up marks and their mask from an earlier session; nothing is computed before a mark.
 
-        start: the mask that the object was begun with. The marks can be taken back one by one.
+        start: the mask that the object started from. The marks can be taken back one by one.
         """
         self.marks, self.region, self.start = list(marks), region, None
         if start is not None:

@@ -88,7 +88,7 @@ class ScanSession:
         return part
 
     def _draw(self, part: Part | None) -> None:
-        """Make the label map anew in one part."""
+        """Redraw one part of the label map."""
         if part is None:
             return
         view = self.labels[part]
