@@ -6,6 +6,7 @@
     python u-sam.py --predict SCAN.nii.gz --resume chkpt/best.pth --output_dir predictions
     python u-sam.py --dataset phantom --sam_weight none --img_size 112    (no data, no weights)
     python u-sam.py --model sam-med3d --dataset volumes --data_root ROOT
+    python u-sam.py --serve --resume chkpt/best.pth    (clicks from 3D Slicer and napari)
     python u-sam.py --model sam-med3d --predict SCAN.nii.gz --resume chkpt/best.pth --point 90 81 40
 
 Reads from top to bottom: flags, checkpoint, then prediction, evaluation or the loop over epochs.
@@ -54,6 +55,8 @@ def main(args: Namespace) -> None:
             export_lora(args, saved)
         elif args.predict:
             predict(args, precision, saved)
+        elif args.serve or args.annotate:
+            serve(args, precision, saved)
         elif args.eval:
             evaluate(args, precision, saved)
         else:
@@ -61,8 +64,9 @@ def main(args: Namespace) -> None:
 
 
 def is_training(args: Namespace) -> bool:
-    """Whether the run trains, neither evaluates nor predicts nor converts."""
-    return not (args.eval or args.predict or args.export_lora or args.merge)
+    """Whether the run trains, neither evaluates nor predicts nor serves nor converts."""
+    other = (args.eval, args.predict, args.serve, args.annotate, args.export_lora, args.merge)
+    return not any(other)
 
 
 def train(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
@@ -111,6 +115,13 @@ def predict(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> No
     else:
         from usam.prediction import slices as prediction
     prediction.predict(args, precision, saved)
+
+
+def serve(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
+    """Answer the clicks of viewers, or of the page of --annotate, until Ctrl-C."""
+    from usam.serving.serve import serve
+
+    serve(args, precision, saved)
 
 
 def merge(args: Namespace) -> None:

@@ -203,7 +203,7 @@ def test_bad_predictions_end_in_one_line(
         (["--lr_backbone", 1], "--lr_backbone is not for --model sam-med3d"),
         (["--dataset", "rectum"], "--dataset rectum is for --model u-sam; --model sam-med3d"),
         (["--sam_weight", "none.pth"], "none.pth: no such SAM-Med3D checkpoint.*huggingface"),
-        (["--eval", "--sam_weight", "none"], "need trained weights"),
+        (["--eval", "--sam_weight", "none"], "needs trained weights"),
         (["--sam_model", "vit_tiny", "--dataset", "volumes"], "--data_root must name"),
         (["--sam_model", "vit_x"], None),
     ],

@@ -21,6 +21,14 @@ EXCLUSIVE = (
     ("export_lora", "predict", "--export_lora only writes a file"),
     ("lora_weight", "resume", "the checkpoint of --resume has LoRA weights of its own"),
     ("init", "resume", "--init is for a new training"),
+    ("serve", "eval", "they are separate runs"),
+    ("serve", "predict", "they are separate runs"),
+    ("serve", "export_lora", "--export_lora only writes a file"),
+    ("serve", "merge", "they are separate runs"),
+    ("annotate", "eval", "they are separate runs"),
+    ("annotate", "predict", "they are separate runs"),
+    ("annotate", "export_lora", "--export_lora only writes a file"),
+    ("annotate", "merge", "they are separate runs"),
     ("merge", "eval", "--merge reads the output folders of earlier --eval runs"),
     ("merge", "predict", "--merge reads the output folders of earlier --eval runs"),
     ("merge", "resume", "--merge reads the output folders of earlier --eval runs"),
@@ -62,7 +70,7 @@ def check_pairs(parser: ArgumentParser, args: Namespace) -> None:
 
 def check_resume(parser: ArgumentParser, args: Namespace) -> None:
     """Exits where a run needs a checkpoint, or another kind of --resume."""
-    for run in ("eval", "predict", "export_lora"):
+    for run in ("eval", "predict", "serve", "annotate", "export_lora"):
         if not is_given(args, run):
             continue
         if args.resume == AUTO:

@@ -24,10 +24,12 @@ from usam.cli.choices import (
     VOLUMES,
 )
 from usam.cli.values import (
+    address,
     class_weights,
     jitter,
     millimetres,
     number,
+    orientation,
     path,
     prompt_mode,
     share,
@@ -39,6 +41,7 @@ USAM, MED3D = MODELS
 SAME = object()  # both models have one default
 MAX_SIZE = 4096  # pixels; SAM's own input has 1024
 MAX_WORKERS, MAX_PROCESSES = 512, 4096
+LOCAL = ("127.0.0.1", 1527)  # --serve
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Flag:
     "" nothing, the flag says what this run does; "kept": the checkpoint's value unless another is
     given; "decisive": as kept, but another value changes the result and needs --override;
     "model": also in evaluation and prediction, as it describes the model.
-    type: None for a switch. nargs, metavar: as in argparse. repeated: may be given several times.
+    type: None for a switch. nargs, const, metavar: as in argparse. repeated: may be given several
+    times.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Flag:
     runs: tuple[str, ...] = ()
     resume: str = ""
     nargs: str | int | None = None
+    const: Any = None
     metavar: str | tuple[str, ...] | None = None
     repeated: bool = False
 
@@ -253,9 +258,9 @@ FLAGS = (
          "intensity window: LOW HIGH in HU, percentile, or the name of a preset",
          nargs="+", metavar="W", model=USAM,
          shown="the checkpoint's; without --resume abdomen for CT, else percentile",
-         runs=("predict",)),
+         runs=("predict", "serve", "annotate")),
     Flag("channel", "prediction", "number of the volume to use in files with several, from 0",
-         whole(0), metavar="N", runs=("predict",)),
+         whole(0), metavar="N", runs=("predict", "annotate")),
     Flag("series", "prediction",
          "number of the DICOM series to use in folders with several, from 1; left out, they are "
          "listed", whole(1), metavar="N", runs=("predict",)),
@@ -289,6 +294,23 @@ FLAGS = (
     Flag("largest_component", "prediction",
          "keep only the largest connected component of each class",
          None, model=USAM, runs=("predict",)),
+    # ----------------------------------------------------------------------------- interactive
+    Flag("serve", "interactive",
+         "answer clicks from 3D Slicer and napari (nnInteractive's protocol) at this port, or "
+         "HOST:PORT for other machines", address, nargs="?", const=LOCAL, metavar="PORT",
+         shown="127.0.0.1:1527"),
+    Flag("annotate", "interactive",
+         "display these scans in the browser to click and correct them; saved in --output_dir",
+         path, nargs="+", metavar="PATH"),
+    Flag("serve_key", "interactive",
+         "key that clients must give; needed where other machines can connect",
+         metavar="KEY", shown="NN_INTERACTIVE_API_KEY",
+         runs=("serve", "annotate")),
+    Flag("max_sessions", "interactive", "number of clients at a time; each holds an image",
+         whole(1, 64), default=1, metavar="N"),
+    Flag("orientation", "interactive",
+         "where the columns, rows and slices of a client's images lead; the protocol does not say",
+         orientation, default="LPS", metavar="LPS|RAS|..."),
 )
 # fmt: on
 

@@ -70,6 +70,7 @@ def _options(flag: Flag) -> dict[str, Any]:
         return options | {"action": "store_true", "default": None if flag.resume else False}
     options |= {"type": flag.type, "default": None if flag.resume else flag.default}
     extra = {"choices": flag.choices, "nargs": flag.nargs, "metavar": flag.metavar}
+    extra["const"] = flag.const
     options |= {name: value for name, value in extra.items() if value}
     return options | ({"action": "append"} if flag.repeated else {})
 
@@ -151,7 +152,7 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
         names = [flag.name for flag in FLAGS if flag.resume == "model" and flag.fits(args.model)]
         described |= {name: known[name] for name in names if name in known}
     check_model_flags(args)
-    if saved and not args.eval and not args.predict:
+    if saved and not (args.eval or args.predict or args.serve or args.annotate):
         check_removed(args, saved["args"])
         defaults |= {name: value for name, value in saved["args"].items() if name in defaults}
     if not saved and not args.recipe and args.dataset in DATASET_DEFAULTS:

@@ -97,6 +97,23 @@ def class_weights(text: str) -> str:
     return text
 
 
+def address(text: str) -> tuple[str, int]:
+    """PORT on this machine alone, or HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise wrong(text, "PORT or HOST:PORT, with a port from 1 to 65535")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def orientation(text: str) -> str:
+    """Three letters, one of each pair of R and L, A and P, S and I."""
+    letters = text.upper()
+    pairs = sorted("RAS"["RLAPSI".index(c) // 2] for c in letters if c in "RLAPSI")
+    if len(letters) != 3 or pairs != ["A", "R", "S"]:
+        raise wrong(text, "three letters such as LPS or RAS, one of each of R/L, A/P and S/I")
+    return letters
+
+
 def as_float(text: str) -> float:
     """`text` as a number; NaN where it is none."""
     try:

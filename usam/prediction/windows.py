@@ -159,16 +159,20 @@ class Session:
     def state(self) -> tuple:
         """What the clicks so far have led to, for `restore`."""
         answers = [(window, window.logits) for window in self._windows]
-        return answers, list(self._clicks), self._box
+        return answers, list(self._clicks), self._box, self.stopped_early
 
-    def restore(self, state: tuple) -> None:
-        """Go back to an earlier `state` and answer as then."""
-        answers, clicks, self._box = state
+    def restore(self, state: tuple, *, answer: bool = True) -> None:
+        """Go back to an earlier `state` and answer as then.
+
+        answer: False where `logits` are not wanted before the next click.
+        """
+        answers, clicks, self._box, self.stopped_early = state
         self._windows, self._clicks = [], list(clicks)
         for window, logits in answers:
             window.logits = logits
             self._windows.append(window)
-        self.grow(self.max_seconds)
+        if answer:
+            self.grow(self.max_seconds)
 
     def _logits_in(self, part: tuple) -> Tensor:
         """`logits` of a part of the volume."""

@@ -32,8 +32,8 @@ def load_or_initialize(args: Namespace, saved: dict[str, Any] | None) -> SamMed3
     model = build_sam_med3d(args.sam_model, args.rel_pos, num_points)
     if state is not None:
         load_model_state(model, state, source)
-    elif args.eval or args.predict:
-        raise ValueError("--eval and --predict need trained weights: pass --resume or --sam_weight")
+    elif args.eval or args.predict or args.serve or args.annotate:
+        raise ValueError("this run needs trained weights: pass --resume or --sam_weight")
     size = f"SAM-Med3D {args.sam_model}, {model.side} voxels a side, {args.rel_pos} positions"
     say(f"{size}: {source or 'random weights'}")
     return model
