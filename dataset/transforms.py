@@ -46,13 +46,29 @@ def draw(num_samples: int, generator: torch.Generator) -> Draws:
     return Draws(quarters, flip, angle)
 
 
-def augment(image: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    image: Tensor,
+    mask: Tensor,
+    generator: torch.Generator,
+    *,
+    mirrored_ids: Tensor | None = None,
+    flips: bool = True,
+) -> tuple[Tensor, Tensor]:
     """A batch as drawn by `draw`: image and mask of each sample move together.
 
     image (N, C, H, W) float in [0, 1], mask (N, H, W) long, on one device, H = W; the generator is
-    a CPU one. Raises ValueError for slices that are not square.
+    a CPU one. mirrored_ids (C,) long, on that device: the ids that classes take in flipped samples.
+    Without `flips` the same samples are drawn and not flipped. Raises ValueError for slices that
+    are not square.
     """
-    return apply(image, mask, draw(len(image), generator))
+    draws = draw(len(image), generator)
+    if not flips:
+        draws = draws._replace(flip=torch.full_like(draws.flip, -1))
+    image, mask = apply(image, mask, draws)
+    if mirrored_ids is not None:
+        flipped = (draws.flip >= 0).to(mask.device, non_blocking=True)
+        mask = torch.where(flipped[:, None, None], mirrored_ids[mask], mask)
+    return image, mask
 
 
 class StrongDraws(NamedTuple):

@@ -27,11 +27,18 @@ class Averaged(nn.Module):
 
     members: (model, whether it wants points as (row, column)); all see images of one size. tta: a
     key of VIEWS. Gives log probabilities (N, C, H, W) in place of logits, float32. Prompts are
-    turned and flipped with the image. Models run one after the other, and so do views.
+    turned and flipped with the image. mirrored_ids: the id of each class in a mirrored
+    patient, None if none has a side. Models run one after the other, and so do views.
     """
 
-    def __init__(self, members: Sequence[tuple[nn.Module, bool]], tta: str = "none") -> None:
+    def __init__(
+        self,
+        members: Sequence[tuple[nn.Module, bool]],
+        tta: str = "none",
+        mirrored_ids: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        self.mirrored_ids = None if mirrored_ids is None else list(mirrored_ids)
         self.models = nn.ModuleList(model for model, _ in members)
         self.row_col = [row_col for _, row_col in members]
         self.views = VIEWS[tta]
@@ -58,6 +65,8 @@ class Averaged(nn.Module):
                     coords, labels = given["points"]
                     prompts["points"] = (coords.flip(-1), labels)
                 probability = model(seen, **prompts).float().softmax(dim=1)
+                if view[1] and self.mirrored_ids is not None:  # left is right in a mirrored patient
+                    probability = probability[:, self.mirrored_ids]
                 total = total + turned_back(probability, view)
         mean = total / (len(self.views) * len(self.models))
         return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()

@@ -5,13 +5,16 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dataset import SliceDataset, SliceStore, build_dataset, open_store
-from dataset.transforms import AUGMENTATIONS
+from dataset.sides import sides
+from dataset.text import printable
+from dataset.transforms import AUGMENTATIONS, augment
 from usam.cli.choices import MIXED
 from usam.cli.values import jitter_pixels
 from usam.evaluation.pixels import PROMPT_SOURCES, count_pixels
@@ -80,7 +83,7 @@ class USamTask:
         weights = class_weights(args.class_weights, self.train_data.class_pixels)
         self.step = SegmentationStep(
             precision.device,
-            augment=AUGMENTATIONS[args.augment],
+            augment=augmentation(args, self.classes, precision.device),
             prompt_mode=args.prompt_mode,
             prompt_jitter=jitter_pixels(args.prompt_jitter, args.img_size),
             class_weights=weights and torch.tensor(weights, device=precision.device),
@@ -149,6 +152,27 @@ class SegmentationStep:
         if self.prompt_jitter:
             prompts = jittered(prompts, self.prompt_jitter, mask.shape[-1], generator)
         return segmentation_loss(model(image, **prompts), mask, class_weights=self.class_weights)
+
+
+def augmentation(args: Namespace, classes: list[str], device: torch.device) -> Augment:
+    """The augmentation of --augment, whose flips do not mix up classes of the two sides.
+
+    Flipped samples are mirrored patients: paired classes take each other's ids; with a class
+    whose other side is missing nothing is flipped. WORD keeps the published flips, which mix them.
+    """
+    found = sides(classes)
+    if args.augment != "published" or not found.any:
+        return AUGMENTATIONS[args.augment]
+    if args.dataset == "word":
+        say("warning: the published flips mirror left and right classes into each other; "
+            "--augment strong has no flips")  # fmt: skip
+        return augment
+    if found.unpaired:
+        say(f"training without flips: {printable(', '.join(found.unpaired))} has no class for the "
+            "other side")  # fmt: skip
+        return partial(augment, flips=False)
+    say("flipped training slices swap the ids of left and right classes")
+    return partial(augment, mirrored_ids=torch.tensor(found.ids, device=device))
 
 
 def load_split(

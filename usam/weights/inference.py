@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.sides import sides
+from dataset.text import printable
 from usam.models.ensemble import VIEWS, Averaged
 from usam.runtime.processes import say
 from usam.weights.folds import check_fold
@@ -52,7 +54,11 @@ def load_for_inference(
             say(f"{path} is a published checkpoint: its points are given as (row, column)")
     if len(models) == 1 and not args.tta:
         return models[0]
-    return Averaged(models, args.tta or "none"), False
+    found = sides(saved["data"]["classes"])
+    if args.tta and found.unpaired:
+        names = printable(", ".join(found.unpaired))
+        say(f"warning: --tta mirrors {names}, which has no class for the other side")
+    return Averaged(models, args.tta or "none", found.ids if found.any else None), False
 
 
 def answers_text(args: Namespace) -> dict[str, str]:
