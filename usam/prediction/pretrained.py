@@ -41,7 +41,7 @@ from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main, say
 from usam.weights.pretrained import load_pretrained
 
-GROWTH = 1 / 32  # of the slice's longer side: how far an object may grow from slice to slice
+GROWTH = 1 / 64  # of the slice's longer side: how far an object may grow from slice to slice
 AIR = -300.0  # HU; only CT has values below
 CACHED = 128  # embeddings of slices, 4 MiB each
 
