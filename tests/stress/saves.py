@@ -23,6 +23,7 @@ from tests.stress.injector import Injector, Moment, Operation, in_a_child, kill_
 from tests.stress.rows import Row
 from usam.training import checkpoint
 from usam.training.checkpoint import CheckpointWriter, Progress
+from usam.training.run_folder import remove_unfinished
 from usam.weights.checkpoint_parts import FORMAT
 from usam.weights.usam import read_checkpoint
 
@@ -231,6 +232,7 @@ def run_kills(number: int, seed: int = 0) -> Row:
 
 def left_behind(folder: Path, current: int) -> list[str]:
     """Faults of the folder after all kills: the next run's save leaves its files and no other."""
+    remove_unfinished(folder)
     save_as_a_run(folder, current + 1, lambda _: None)
     known = {f"{name}{number}.pth" for name in ("last", "best") for number in ("", ".1")}
     others = {path.name for path in folder.iterdir()} - known

@@ -28,6 +28,13 @@ def training_lock(path: Path) -> AbstractContextManager[None]:
     return locked(path, "training") if is_main() else nullcontext()
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what a run that was killed while saving left in its folder."""
+    sweep(path)
+    for unfinished in path.glob(".*.pth.*.tmp"):
+        unfinished.unlink()
+
+
 class RunFolder:
     """log.jsonl and manifest.json of a run; only the main process writes.
 
@@ -43,9 +50,7 @@ class RunFolder:
         if not is_main():
             return
         path.mkdir(parents=True, exist_ok=True)
-        sweep(path)
-        for unfinished in path.glob(".*.pth.*.tmp"):  # of a run that was killed while saving
-            unfinished.unlink()
+        remove_unfinished(path)
         if not self._continues:
             self._move_aside()
         elif self.log_file.exists():
