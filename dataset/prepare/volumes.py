@@ -32,6 +32,7 @@ from dataset.scans.header import Scan, ScanHeader
 from dataset.scans.volumes import Grid, read_volume, resample_label
 from dataset.store.folder import Entry, new_store, packed_place, packed_places
 from dataset.store.volumes import VolumeStore, write_volume, write_volume_index
+from dataset.text import counted
 
 MIN_VOLUME = 1.0  # cm3
 
@@ -103,8 +104,8 @@ def prepare_volumes(
         entries = with_test_cases(pack_all(pack_volume, jobs, workers), test_fraction, seed)
         if not any(entry["objects"] for entry in entries):
             raise ValueError(
-                f"no structure of {options.min_volume:g} cm3 or more in {len(entries)} cases; lower"
-                " --min_volume or check the labels"
+                f"no structure of {options.min_volume:g} cm3 or more in"
+                f" {counted(len(entries), 'case')}; lower --min_volume or check the labels"
             )
         index = {
             "dataset": source.name,

@@ -320,7 +320,7 @@ def test_an_object_without_a_start_is_an_error(tube, objects, text) -> None:
         ('{"objects": [{"points": [[1, 2, 3, 5]]}]}', "label is 1"),
         ('{"objects": [{"points": [[1, 2, NaN]]}]}', "NaN is not a number"),
         ('{"objects": [{"label": 0}]}', "from 1 to 255"),
-        ('{"objects": [{"lable": 1}]}', "an object has box, centre, label, name, points"),
+        ('{"objects": [{"lable": 1}]}', "an object has box, boxes, centre, label, name, points"),
         ('{"objects": [{"name": "a"}, {"name": "a"}]}', "name 'a'"),
         ('{"objects": [{"name": "a", "label": 2}, {"name": "b"}]}', "label 2"),
         ('{"scans": {"other.nii.gz": {}}}', "has prompts for 'other.nii.gz'"),

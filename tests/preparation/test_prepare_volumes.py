@@ -156,7 +156,7 @@ def test_a_label_empty_after_resampling_is_listed(tmp_path: Path, capsys) -> Non
 def test_empty_data_sets_are_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "none").mkdir()
     for root, text in (
-        (tmp_path / "none", "no scans found in"),
+        (tmp_path / "none", "no scans in"),
         (tmp_path / "nowhere", "no folder"),
     ):
         assert text in refused(capsys, "--input", root, "--output", tmp_path / "out")
@@ -167,7 +167,7 @@ def test_empty_data_sets_are_refused(tmp_path: Path, capsys) -> None:
     image, label, affine = scan(tmp_path / "blank", "a", labels="labels")
     nib.save(nib.Nifti1Image(label * 0, affine), tmp_path / "blank" / "labels" / "a.nii.gz")
     text = refused(capsys, "--input", tmp_path / "blank", "--output", tmp_path / "out")
-    assert "no structure of 1 cm3 or more in 1 cases" in text
+    assert "no structure of 1 cm3 or more in 1 case;" in text
     with pytest.raises(FileNotFoundError, match="no store of volumes in"):
         build_volumes("volumes", "train", data_root=tmp_path / "none")
     with pytest.raises(ValueError, match="--data_root must name"):
