@@ -142,6 +142,9 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
         "small_checkpoints": True, "lora_weight": "a", "export_lora": "a", "spacing": "a",
         "merge": "a", "ensemble": "a", "tta": "a", "prompt_sweep": True, "tensorboard": True,
         "clicks": "largest", "classes": "a", "no_flips": True, "rel_pos": "published", "rounds": 3,
+        "sam_preprocess": "minmax", "overwrite": True, "series": 1, "lps": True,
+        "names": "nnunet", "serve": 1, "annotate": "a", "serve_key": "a", "max_sessions": 2,
+        "orientation": "RAS",
     },
 }  # fmt: skip
 
