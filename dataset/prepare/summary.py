@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dataset.prepare.sources import Source
+from dataset.text import counted
 
 
 def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
@@ -59,13 +60,13 @@ def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) ->
 
 def left_out_lines(source: Source) -> list[str]:
     """Lines on the scans that could not be paired."""
-    kinds = {
-        "images without a label": source.unlabelled,
-        "labels without an image": source.unmatched,
-    }
+    kinds = (
+        ("image", "without a label", source.unlabelled),
+        ("label", "without an image", source.unmatched),
+    )
     return [
-        f"left out: {len(paths)} {kind}, first {paths[0].name}"
-        for kind, paths in kinds.items()
+        f"left out: {counted(len(paths), noun)} {lacking}, first {paths[0].name}"
+        for noun, lacking, paths in kinds
         if paths
     ]
 

@@ -116,7 +116,7 @@ def test_cases_score_as_deepminds_surface_distance_says(rows: list[dict]) -> Non
 
 
 def test_cases_score_as_monai_says(rows: list[dict]) -> None:
-    """Dice and IoU, and NSD where MONAI is told to weigh elements with their area."""
+    """Dice and IoU, and NSD where MONAI weighs elements by area."""
     for pair, row in zip(PAIRS, rows, strict=True):
         both = [torch.from_numpy(mask)[None, None] for mask in pair[1:3]]
         how = {"include_background": True, "spacing": pair.spacing, "use_subvoxels": True}

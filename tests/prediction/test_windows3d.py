@@ -1,6 +1,6 @@
 """Clicks on whole volumes: an oracle that sees the bright object in its window stands in for a net.
 
-What is tested is geometry: which windows are opened, what they are told and how they are joined.
+What is tested is geometry: which windows are opened, their clicks and how they are joined.
 """
 
 from __future__ import annotations

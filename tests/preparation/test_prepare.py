@@ -93,7 +93,7 @@ def test_word_without_test_labels_says_what_is_left_out(tmp_path, capsys):
     (tmp_path / "in" / "labelsTs" / "word_0003.nii.gz").unlink()
     store = prepare("word", tmp_path / "in", tmp_path / "out")
     assert set(places(store).values()) == {"train"}
-    assert "left out: 1 images without a label, first word_0003.nii.gz" in capsys.readouterr().out
+    assert "left out: 1 image without a label, first word_0003.nii.gz" in capsys.readouterr().out
 
 
 V1 = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "tumour"}}

@@ -173,7 +173,7 @@ def test_a_list_that_holds_itself_is_refused_or_passed_but_never_hangs() -> None
 
 
 def named_scan(path: Path) -> Path:
-    """A scan whose header has the patient's name wherever text fits, in an extension, too."""
+    """A scan whose header has the patient's name wherever text fits, also in an extension."""
     image, _ = layouts.scan(1, 3)
     scan = nib.Nifti1Image(image, layouts.AFFINE)
     for field in ("descrip", "aux_file", "intent_name", "db_name"):

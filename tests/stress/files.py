@@ -1,8 +1,8 @@
 """Broken and hostile files by the thousand, offered to the project's own readers.
 
 Readers run in forked workers with 1 GiB of address space above what they start with and 5 seconds
-of computing a file (a minute on the clock, as machines are shared); what they do wrong is told to
-the parent, which goes on where a worker died.
+of computing a file (a minute on the clock, as machines are shared); their faults are
+reported to the parent, which continues after a worker died.
 """
 
 from __future__ import annotations
