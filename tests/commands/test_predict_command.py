@@ -214,8 +214,9 @@ def test_a_prompted_model_says_so_and_takes_prompts(tmp_path, tiny, command):
     command(*words, "--point", 3, 4, 2, "--box", 1, 2, 8, 9, "--slice", 2)
     told = json.loads((tmp_path / "out" / "a_seg.json").read_text(encoding="utf-8"))
     assert told["prompted_slices"] == [2]
+    other = write(tmp_path / "b.nii", coded(truth()), lps_affine())
     with pytest.raises(ValueError, match="--point is for one scan, --predict names 2"):
-        command(*words[:2], scan, *words[2:], "--point", 3, 4, 2)
+        command(*words[:2], other, *words[2:], "--point", 3, 4, 2)
 
 
 @pytest.mark.parametrize(

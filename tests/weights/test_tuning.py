@@ -220,9 +220,9 @@ def test_flags_that_a_way_has_no_use_for_are_refused(
     assert_refused(result, "--small_checkpoints", "SAM's file")
     result = run(capsys, *way, "--small_checkpoints", "--sam_weight", sam)
     assert_refused(result, "--small_checkpoints", "--tuning lora or decoder")
-    assert_refused(run(capsys, *way, "--lora_weight", tmp_path / "no.pth"), "no LoRA file")
+    assert_refused(run(capsys, *way, "--lora_weight", tmp_path / "no.pth"), "no weight file")
     result = run(capsys, *way, "--tuning", "lora", "--lora_weight", "no.pth", "--resume", "auto")
-    assert_refused(result, "no LoRA file")
+    assert_refused(result, "no weight file")
     for rest in ((), ("--resume", "auto")):
         result = run(capsys, *way, "--export_lora", tmp_path / "a.pth", *rest)
         assert_refused(result, "needs --resume PATH")
