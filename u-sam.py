@@ -51,8 +51,8 @@ def main(args: Namespace) -> None:
     with peers.watched():
         if args.merge:
             merge(args)
-        elif args.export_lora:
-            export_lora(args, saved)
+        elif args.export_lora or args.export_weights:
+            export(args, saved)
         elif args.predict:
             predict(args, precision, saved)
         elif args.serve or args.annotate:
@@ -65,8 +65,8 @@ def main(args: Namespace) -> None:
 
 def is_training(args: Namespace) -> bool:
     """Whether the run trains, neither evaluates nor predicts nor serves nor converts."""
-    other = (args.eval, args.predict, args.serve, args.annotate, args.export_lora, args.merge)
-    return not any(other)
+    others = ("eval", "predict", "serve", "annotate", "export_lora", "export_weights", "merge")
+    return not any(getattr(args, other) for other in others)
 
 
 def train(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
@@ -131,19 +131,11 @@ def merge(args: Namespace) -> None:
     merge(args)
 
 
-def export_lora(args: Namespace, saved: dict[str, Any]) -> None:
-    """Write the LoRA of --resume for other programs; an existing file needs --overwrite."""
-    from usam.runtime.processes import is_main, say
-    from usam.weights.lora import save_lora
+def export(args: Namespace, saved: dict[str, Any]) -> None:
+    """Write weights of --resume for other programs."""
+    from usam.weights.export import export
 
-    target = args.export_lora
-    if target.exists() and target.samefile(args.resume):
-        raise ValueError(f"--export_lora {target} is the checkpoint itself; choose another name")
-    if target.exists() and not args.overwrite:
-        raise ValueError(f"--export_lora: {target} exists; choose another name or pass --overwrite")
-    if is_main():
-        with_decoder = args.adapter == "none"
-        say(save_lora(saved["model"], args.export_lora, with_decoder=with_decoder))
+    export(args, saved)
 
 
 def end(code: int, message: str = "") -> NoReturn:

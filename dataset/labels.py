@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-MAX_UNNAMED = 254  # where no class names are given; 255 means white in a mask, or "ignore"
+MAX_LABEL = 254  # of a class or an object; 255 means white in a mask, or "ignore"
 CARE_IDS = (0, 1, 2, 3)  # of the CARE release: background, rectum, tumour, tumour again
 
 
@@ -13,12 +13,12 @@ def check_label_ids(label: np.ndarray, num_classes: int | None, where: object) -
 
     label: any shape; num_classes counts the background, None where no names are given.
     """
-    last = MAX_UNNAMED if num_classes is None else num_classes - 1
+    last = MAX_LABEL if num_classes is None else num_classes - 1
     if label.size == 0 or (label.min() >= 0 and label.max() <= last):
         return
     ids = np.unique(label)
     outside = ids[(ids < 0) | (ids > last)]
-    table = "0 to 254" if num_classes is None else f"the class table, 0 to {last}"
+    table = f"0 to {MAX_LABEL}" if num_classes is None else f"the class table, 0 to {last}"
     binary = len(ids[ids != 0]) == 1 and (num_classes in (None, 2) or outside[0] == 255)
     advice = f"relabel {outside[0]:g} to 1" if binary else "relabel them"
     raise ValueError(f"{where}: label ids {listed(outside)} are outside {table}; {advice}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from dataset import care as rectum
 from dataset import word
+from dataset.labels import MAX_LABEL
 from dataset.palette import class_colors
 from dataset.scans.find import is_scan_name, scan_stem
 from dataset.scans.window import Window
@@ -55,7 +56,12 @@ class Source:
 
 
 def class_table(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows {id, name, color} for the classes 1, 2, ..., the background before them."""
+    """Rows {id, name, color} for the classes 1, 2, ..., the background before them.
+
+    Raises ValueError for more than MAX_LABEL names.
+    """
+    if len(names) > MAX_LABEL:
+        raise ValueError(f"{len(names)} classes; at most {MAX_LABEL} can be told apart")
     colors = class_colors(None, len(names) + 1)
     return [
         {"id": number, "name": name, "color": color}
@@ -163,7 +169,7 @@ def _nnunet_names(path: Path, labels: dict[str, Any]) -> list[str]:
             names = {int(value): key for key, value in labels.items()}
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{path}: labels must be ids: {labels!r:.120}") from None
-    if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= 256:
+    if sorted(names) != list(range(len(names))) or len(names) < 2:
         raise ValueError(f"{path}: label ids must be 0, 1, 2, ..., found {sorted(names)!r:.80}")
     return [names[number] for number in range(1, len(names))]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.parallel import default_workers, each_case
-from dataset.prepare.sources import LAYOUTS, Source, find_source, guess_layout
+from dataset.prepare.sources import LAYOUTS, Source, find_source, guess_layout, with_series
 from dataset.store.slices import SliceStore
 from dataset.store.volumes import FORMAT, VolumeStore
 from dataset.text import counted, printable
@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--labels", type=Path, help="folder: the labels, DIR being the images")
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
+    parser.add_argument(
+        "--series", type=int, help="which of several DICOM series in a case's folder, from 1"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
     return parser
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             layout=args.source,
             labels=args.labels,
             channel=args.channel,
+            series=args.series,
             workers=args.workers,
         )
     except (ValueError, OSError) as error:
@@ -85,16 +89,23 @@ def verify(
     layout: str | None = None,
     labels: Path | None = None,
     channel: int | None = None,
+    series: int | None = None,
     workers: int = 1,
 ) -> tuple[str, list[Finding], int]:
     """(layout, findings sorted by file, cases or slices read) of a data set; reads all of it.
 
-    Raises FileNotFoundError for a folder that is missing or follows no known layout.
+    Raises FileNotFoundError for a folder that is missing or follows no known layout, ValueError
+    for a choice among files that a store or a CARE release does not have.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     if layout is None:
         layout = stored_as(folder) or ("folder" if labels else guess_layout(folder))
+
+    if layout in (*STORES, "care"):
+        for name, value in (("labels", labels), ("channel", channel), ("series", series)):
+            if value is not None:
+                raise ValueError(f"{folder} is read as {layout}: leave out --{name}")
 
     def run(work: Callable[[Any], Checked], jobs: Sequence[Any]) -> Iterator[Checked]:
         results = each_case(work, jobs, workers=workers, title="verifying")
@@ -107,7 +118,7 @@ def verify(
     elif layout == "care":
         findings, files = check_care(folder, run)
     else:
-        findings, files = _check_scans(layout, folder, labels, channel, run)
+        findings, files = _check_scans(layout, folder, labels, channel, series, run)
     return layout, sorted(findings, key=lambda f: (f.level != "error", f.file, f.what)), files
 
 
@@ -133,13 +144,14 @@ def _check_scans(
     folder: Path,
     labels: Path | None,
     channel: int | None,
+    series: int | None,
     run: Callable[..., Iterator[Checked]],
 ) -> tuple[list[Finding], int]:
     """Findings about a WORD, nnU-Net or folder data set; of several channels, the first."""
     if layout == "nnunet" and channel is None:
         channel = 0
     try:
-        source = find_source(layout, folder, labels=labels, channel=channel)
+        source = with_series(find_source(layout, folder, labels=labels, channel=channel), series)
     except ValueError as error:
         text = str(error).removeprefix(f"{folder}/")
         return [Finding("error", text.partition(":")[0], text.partition(":")[2].strip())], 0

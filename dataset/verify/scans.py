@@ -77,9 +77,12 @@ def check_scan(job: ScanJob) -> Checked:
     checked = Checked(case.id, case.split, relative(case.image, job.root))
     label_file = relative(case.label, job.root)
     headers: list[ScanHeader] = []
-    for path, name in ((case.image, checked.file), (case.label, label_file)):
+    for path, name, series in (
+        (case.image, checked.file, case.series),
+        (case.label, label_file, None),
+    ):
         try:
-            headers.append(read_header(path))
+            headers.append(read_header(path, series))
         except (ValueError, OSError) as error:
             checked.error(error, name)
     if len(headers) == 2:
@@ -112,7 +115,7 @@ def _check_geometry(
 
 def _check_image(checked: Checked, job: ScanJob) -> None:
     try:
-        array = read_scan(job.case.image, job.case.channel).array
+        array = read_scan(job.case.image, job.case.channel, job.case.series).array
     except (ValueError, OSError) as error:
         checked.error(error)
         return

@@ -91,6 +91,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(
         (["--channel", "0"], "--channel needs --predict"),
         (["--init", "a", "--resume", "b"], "--init and --resume"),
         (["--export_lora", "a"], "--export_lora needs --resume"),
+        (["--export_weights", "a"], "--export_weights needs --resume"),
+        (["--export_weights", "a", "--resume", "b", "--eval"], "--export_weights only writes"),
         (["--predict", "a", "--resume", "b", "--point", "1", "2"], "x y z label"),
         (["--predict", "a", "--resume", "b", "--point", "1", "2", "3", "2"], "label must be"),
         (["--predict", "a", "--resume", "b", "--slice", "1"], "give one per box"),

@@ -264,11 +264,11 @@ def test_a_mask_is_refined_by_its_own_label(tube) -> None:
 
 def test_an_initial_mask_without_the_label_is_an_error(tube) -> None:
     mask = np.zeros(tube.shape, dtype=np.uint8)
-    mask[36:44, 60:68, 40:46] = 255
+    mask[36:44, 60:68, 40:46] = 7
     one = ObjectPrompts("ball", 1, ((40, 64, 44, 1),))
-    with pytest.raises(ValueError, match=r"no label 1 \(ball\), its labels are: 255; relabel it"):
+    with pytest.raises(ValueError, match=r"no label 1 \(ball\), its labels are: 7; relabel it"):
         run(tube, VolumePrompts((one,)), init_mask=mask)
-    other = ObjectPrompts("tube", 255, ((20, 20, 12, 1),))  # one of several: used where it can be
+    other = ObjectPrompts("tube", 7, ((20, 20, 12, 1),))  # one of several: used where it can be
     _, rows = run(tube, VolumePrompts((one, other)), init_mask=mask)
     assert [row["init_mask"] for row in rows] == [False, True]
 
@@ -319,7 +319,7 @@ def test_an_object_without_a_start_is_an_error(tube, objects, text) -> None:
         ('{"objects": [{"points": [[1, 2]]}]}', "x y z or x y z label"),
         ('{"objects": [{"points": [[1, 2, 3, 5]]}]}', "label is 1"),
         ('{"objects": [{"points": [[1, 2, NaN]]}]}', "NaN is not a number"),
-        ('{"objects": [{"label": 0}]}', "from 1 to 255"),
+        ('{"objects": [{"label": 0}]}', "from 1 to 254"),
         ('{"objects": [{"lable": 1}]}', "an object has box, boxes, centre, label, name, points"),
         ('{"objects": [{"name": "a"}, {"name": "a"}]}', "name 'a'"),
         ('{"objects": [{"name": "a", "label": 2}, {"name": "b"}]}', "label 2"),

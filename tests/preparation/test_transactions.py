@@ -81,6 +81,9 @@ def test_a_mask_of_0_and_255_gets_the_same_advice_everywhere(tmp_path: Path, cap
         assert "label ids 255 are outside 0 to 254; relabel 255 to 1" in text
     found = [finding.what for finding in verify(tmp_path / "in")[1]]
     assert "label ids 255 are outside 0 to 254; relabel 255 to 1" in found
+    names = [f"organ{number}" for number in range(255)]
+    text = refused(capsys, "folder", *flags, "--output", tmp_path / "many", "--classes", *names)
+    assert "255 classes; at most 254" in text
 
 
 def test_a_store_with_the_least_an_index_needs_describes_itself(tmp_path: Path) -> None:

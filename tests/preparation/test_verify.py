@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from dataset.prepare.command import main as prepare
+from dataset.scans.read import read_header
 from dataset.verify.command import main, verify
 from tests.helpers import layouts
 from tests.helpers.planted import FAULTS, IMAGE, ODDITIES
+from tests.stress.scans.dicom import series
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,24 @@ def test_a_window_that_does_not_suit_the_scans_is_a_warning(clean, tmp_path):
     found = [f.what for f in verify(store)[1] if f.level == "warning"]
     assert "2 grey values only; does the window suit the scan?" in found
     assert any("of all pixels above black are white" in what for what in found), found
+
+
+def test_a_series_of_a_study_folder_is_chosen(tmp_path, capsys):
+    study, labels = tmp_path / "images" / "case", tmp_path / "labels"
+    study.mkdir(parents=True)
+    series(study, name="a{}.dcm".format)
+    series(study, all_slices={"SeriesInstanceUID": "1.2.7", "SeriesNumber": 5}, count=3)
+    header = read_header(study, series=1)
+    mask = np.zeros(header.shape, np.uint8)
+    mask[2:5, 2:5] = 1
+    layouts.write(labels / "case.nii.gz", mask, header.affine)
+    assert "choose one with --series" in verify(tmp_path)[1][0].what
+    assert [found.level for found in verify(tmp_path, series=1)[1]] == ["warning"]  # values, no HU
+    assert "does not lie on its image" in verify(tmp_path, series=2)[1][0].what
+    assert main([str(tmp_path), "--series", "3", "--workers", "1"]) == 1
+    assert "no series 3; it holds 2" in capsys.readouterr().out
+
+
+def test_choices_that_a_store_does_not_have_are_refused(clean, capsys):
+    assert main([str(clean / "store"), "--series", "1"]) == 2
+    assert "is read as store: leave out --series" in capsys.readouterr().err

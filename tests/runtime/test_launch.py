@@ -16,7 +16,9 @@ from usam.runtime import processes
 def set_launch(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
     """Set the variables of a launcher, and remove those of all others."""
     for name in [*os.environ]:
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(("SLURM_", "OMPI_")):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith(
+            ("SLURM_", "OMPI_", "PMI_")
+        ):
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -49,6 +51,7 @@ def test_a_launch_of_one_process_is_one_process(
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"},
         {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "2"},
     ],
 )
 def test_several_processes_without_world_size_are_refused(

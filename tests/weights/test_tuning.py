@@ -202,6 +202,18 @@ def test_lora_is_exported_and_starts_another_run(data: tuple, tmp_path: Path, ca
     wanted = lora.to_samed(tensors(best))
     assert {f"w_{part}_{number:03d}" for part in "ab" for number in range(8)} == wanted.keys()
     assert all(torch.equal(named[name], value) for name, value in wanted.items())
+    before = exported.read_bytes()
+    result = run(capsys, *CPU, "--resume", best, "--export_lora", exported)
+    assert_refused(result, "lora.safetensors exists", "--overwrite")
+    exported.write_bytes(b"notes")
+    result = run(capsys, *CPU, "--resume", best, "--export_lora", exported, "--overwrite")
+    assert (result.code, exported.read_bytes()) == (0, before)
+    link, whole = tmp_path / "link.pth", best.read_bytes()
+    link.symlink_to(best)
+    for target in (best, link):
+        result = run(capsys, *CPU, "--resume", best, "--export_lora", target, "--overwrite")
+        assert_refused(result, "is the checkpoint itself")
+    assert best.read_bytes() == whole
     result = run(
         capsys, *way, "--output_dir", tmp_path / "second", "--lora_weight", exported, "--lr", "0",
         "--lr_vit", "0",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from usam.models.sam_med3d import build_sam_med3d
+from usam.weights.export import export
 from usam.weights.sam_med3d import load_sam_med3d_checkpoint
 from usam.weights.state_dict import load_model_state
 
@@ -67,6 +68,32 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, state: dict, layout
     load_model_state(model, read, "weights.pth")
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_a_checkpoint_is_exported_in_the_published_form(
+    tmp_path: Path, state: dict, capsys
+) -> None:
+    saved = {"model": state, "args": {"rel_pos": "published"}, "data": {"num_point_embeddings": 2}}
+    ours, target = tmp_path / "best.pth", tmp_path / "new" / "sam_med3d.pth"
+    torch.save(saved, ours)
+    args = argparse.Namespace(
+        resume=ours, export_lora=None, export_weights=target, overwrite=False, adapter=None
+    )
+    export(args, saved)
+    assert f"{len(state)} tensors in {target}" in capsys.readouterr().out
+    assert list(torch.load(target, weights_only=True)) == ["model_state_dict"]
+    read, _ = load_sam_med3d_checkpoint(target)
+    build_sam_med3d("vit_tiny").load_state_dict(read, strict=True)
+    assert all(torch.equal(read[name], value) for name, value in state.items())
+    with pytest.raises(ValueError, match="sam_med3d.pth exists; choose another name or"):
+        export(args, saved)
+    args.overwrite, args.export_weights = True, ours
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        export(args, saved)
+    saved["args"]["rel_pos"], args.export_weights = "corrected", tmp_path / "other.pth"
+    with pytest.raises(ValueError, match="trained with --rel_pos corrected"):
+        export(args, saved)
+    assert not args.export_weights.exists()
 
 
 def test_four_point_embeddings_are_recognised(tmp_path: Path) -> None:

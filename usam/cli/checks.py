@@ -13,21 +13,22 @@ SLICE_BOX, VOLUME_BOX = 4, 6  # numbers
 BOX_LENGTH = {USAM: SLICE_BOX, MED3D: VOLUME_BOX}
 WORKERS_PER_CORE = 4  # more are slower, not faster
 
+EXPORTS = ("export_lora", "export_weights")
+
 # Two flags of which one at most may be given, and why.
 EXCLUSIVE = (
     ("predict", "eval", "they are separate runs"),
     ("val_fraction", "fold", "both choose the validation cases"),
-    ("export_lora", "eval", "--export_lora only writes a file"),
-    ("export_lora", "predict", "--export_lora only writes a file"),
+    *((name, run, f"--{name} only writes a file")
+      for name in EXPORTS for run in ("eval", "predict", "serve", "annotate")),
+    ("export_lora", "export_weights", "each is for another model"),
     ("lora_weight", "resume", "the checkpoint of --resume has LoRA weights of its own"),
     ("init", "resume", "--init is for a new training"),
     ("serve", "eval", "they are separate runs"),
     ("serve", "predict", "they are separate runs"),
-    ("serve", "export_lora", "--export_lora only writes a file"),
     ("serve", "merge", "they are separate runs"),
     ("annotate", "eval", "they are separate runs"),
     ("annotate", "predict", "they are separate runs"),
-    ("annotate", "export_lora", "--export_lora only writes a file"),
     ("annotate", "merge", "they are separate runs"),
     ("merge", "eval", "--merge reads the output folders of earlier --eval runs"),
     ("merge", "predict", "--merge reads the output folders of earlier --eval runs"),
@@ -70,14 +71,14 @@ def check_pairs(parser: ArgumentParser, args: Namespace) -> None:
 
 def check_resume(parser: ArgumentParser, args: Namespace) -> None:
     """Exits where a run needs a checkpoint, or another kind of --resume."""
-    for run in ("eval", "predict", "serve", "annotate", "export_lora"):
+    for run in ("eval", "predict", "serve", "annotate", *EXPORTS):
         if not is_given(args, run):
             continue
         if args.resume == AUTO:
             parser.error(f"--{run} needs the path of a checkpoint: --resume best.pth, not auto")
         if args.resume is None and run == "predict" and args.model != MED3D:
             check_untrained(parser, args)
-        elif args.resume is None and (run == "export_lora" or args.model != MED3D):
+        elif args.resume is None and (run in EXPORTS or args.model != MED3D):
             parser.error(f"--{run} needs --resume PATH, the checkpoint to use")
     if args.ensemble and AUTO in (args.resume, *args.ensemble):
         parser.error("--resume auto is one checkpoint; name several by their paths")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.labels import MAX_LABEL
 from dataset.text import counted
 from usam.prediction.markups import as_slice_prompts, as_volume_prompts, is_markups
 
@@ -310,8 +311,10 @@ def _object(content: Any, number: int) -> ObjectPrompts:
     name = content.get("name", "object" if number == 1 else f"object {number}")
     if not isinstance(name, str) or not name:
         raise ValueError(f"an object's name is a text, found {name!r:.80}")
-    if isinstance(label, bool) or not isinstance(label, int) or not 1 <= label <= 255:
-        raise ValueError(f"{name}: label {label!r:.80}; expected a whole number from 1 to 255")
+    if isinstance(label, bool) or not isinstance(label, int) or not 1 <= label <= MAX_LABEL:
+        raise ValueError(
+            f"{name}: label {label!r:.80}; expected a whole number from 1 to {MAX_LABEL}"
+        )
     if not isinstance(points, list):
         raise ValueError(f"{name}: points must be a list of [x, y, z] or [x, y, z, label]")
     box, centre = content.get("box"), content.get("centre")

@@ -111,7 +111,7 @@ def launched_processes() -> int:
             name in os.environ for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID")
         )
         return tasks if in_step or _environment("SLURM_PROCID") > 0 else 1
-    return _environment("OMPI_COMM_WORLD_SIZE", 1)
+    return max(_environment(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
 
 
 def _environment(name: str, default: int | None = None) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from dataset.files import write_json
+from dataset.labels import MAX_LABEL
 from dataset.scans.header import Scan
 from dataset.scans.write import write_label_map
 from usam.serving.marks import Mark, Part
 from usam.serving.objects import MarkedMask, Region, union
 
 FORMAT = 1
-MAX_LABEL = 254
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """LoRA files in the format of SAMed: `w_a_000` and so on, with or without a decoder.
 
-u-sam.py starts LoRA from one (`--lora_weight`) and writes one (`--export_lora`).
+Training starts from one (`--lora_weight`), and `--export_lora` writes one.
 """
 
 from __future__ import annotations
