@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,7 @@ def set_up(options: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+@cache
 def peaks(device: torch.device) -> dict[str, float]:
     """What the machine reaches now: matrix products (FLOP/s) by dtype, "copy" in bytes/s."""
     is_cuda, found = device.type == "cuda", {}

@@ -71,7 +71,6 @@ ON_GPU = (
 )
 QUICK = (
     Case(32, 2, "float32", "float32"),
-    Case(32, 2, "bfloat16", "float32"),
     Case(32, 2, "bfloat16", "bfloat16", "", 2),
 )
 QUICK_ON_GPU = (*QUICK, Case(32, 2, "bfloat16", "bfloat16", "", 2, True))

@@ -38,11 +38,12 @@ def table(printed: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio"),
-    [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3), ("profile", 1)],
-)
-def test_a_quick_run_measures_every_row(name: str, ratio: int, printed: Printed) -> None:
-    rows = table(printed(name, "--quick", "--device", "cpu"))
+    ("command", "ratio"),
+    [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3),
+     ("profile --what training --dtype bfloat16", 1)],
+)  # fmt: skip
+def test_a_quick_run_measures_every_row(command: str, ratio: int, printed: Printed) -> None:
+    rows = table(printed(*command.split(), "--quick", "--device", "cpu"))
     assert rows
     for row in rows:
         assert float(row[ratio].split()[0]) > 0, row
