@@ -64,7 +64,7 @@ def main(args: Namespace) -> None:
 
 
 def is_training(args: Namespace) -> bool:
-    """Whether the run trains, neither evaluates nor predicts nor serves nor converts."""
+    """Whether the run trains, rather than evaluates, predicts, serves or converts."""
     others = ("eval", "predict", "serve", "annotate", "export_lora", "export_weights", "merge")
     return not any(getattr(args, other) for other in others)
 
@@ -118,7 +118,7 @@ def predict(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> No
 
 
 def serve(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
-    """Answer the clicks of viewers, or of the page of --annotate, until Ctrl-C."""
+    """Serve the viewers, or the page of --annotate, until Ctrl-C."""
     from usam.serving.serve import serve
 
     serve(args, precision, saved)
@@ -139,7 +139,7 @@ def export(args: Namespace, saved: dict[str, Any]) -> None:
 
 
 def end(code: int, message: str = "") -> NoReturn:
-    """Print `message` as one line and exit with `code`, of several processes at once."""
+    """Print `message` on one line and exit with `code`; if there are several processes, at once."""
     from usam.cli.parser import one_line
 
     if message:
@@ -150,7 +150,7 @@ def end(code: int, message: str = "") -> NoReturn:
 
 
 def end_by(error: Exception) -> NoReturn:
-    """Exit with one line for an error of the input or the machine; raise a defect of ours."""
+    """Exit with one line if input or machine caused the error; raise it again if it is a bug."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ImportError) and package not in ("", "usam", "dataset"):
         install = f"pip install {PACKAGES.get(package, package)}"
@@ -167,7 +167,7 @@ def end_by(error: Exception) -> NoReturn:
 
 
 def run_command() -> None:
-    """Parse the flags and run; bad input, Ctrl-C and a closed pipe end in one line or none."""
+    """Parse the flags and run; bad input and Ctrl-C exit with one line, a closed pipe silently."""
     try:
         from usam.cli.parser import parse_flags
 

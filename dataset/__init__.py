@@ -1,4 +1,4 @@
-"""Data for training and evaluation: a name and a folder in, a Dataset of uint8 slices out.
+"""Data for training and evaluation: opens a data set by name and folder as a Dataset.
 
 `u-sam.py` calls `build_dataset`; a new source of data becomes one more line of DATASETS.
 """

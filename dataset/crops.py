@@ -58,7 +58,7 @@ def click_origin(clicks: ArrayLike, side: int) -> np.ndarray:
 
 
 def overlap(origin: ArrayLike, side: int, shape: Sequence[int]) -> tuple[Slices, Slices]:
-    """Where a cube and a volume of `shape` meet: slices of the volume, slices of the cube.
+    """The overlap of a cube and a volume of `shape`: slices of the volume, slices of the cube.
 
     Both are empty along an axis on which they do not meet.
     """

@@ -38,7 +38,7 @@ MAX_LENGTH = 600  # characters
 
 
 def reason(error: BaseException) -> str | None:
-    """One line that says what went wrong; None for an error that no input or machine explains.
+    """One line that says what went wrong; None for any other error, which is a bug.
 
     Of an error in a DataLoader's worker, which comes with its whole traceback, the last line.
     """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks on folders, and digests of content."""
+"""Atomic writing of files, locks on folders, and digests of content."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a UTF-8 text file whole or not at all."""
+    """Writes a UTF-8 text file atomically."""
     with atomic_write(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as stream:
         stream.write(text)
 
@@ -66,13 +66,13 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(
     path: Path | str, content: Any, indent: int | None = 1, *, sort_keys: bool = True
 ) -> None:
-    """Writes JSON whole or not at all; ValueError for NaN and infinities."""
+    """Writes JSON atomically; ValueError for NaN and infinities."""
     text = json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def sync(path: Path) -> None:
-    """Brings the bytes of a file, or the names in a folder, to the disk."""
+    """Flushes a file, or the names in a folder, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -94,7 +94,7 @@ def sweep(folder: Path) -> None:
 def locked(
     folder: Path | str, purpose: str, *, wait: bool = False, at: Path | None = None
 ) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made if need be.
+    """Locks a folder against other processes; it is created if needed.
 
     purpose: what this process does there, "training" for example. at: where the lock lies if not
     in the folder itself. The kernel releases the lock when the process ends, however that happens.
@@ -141,7 +141,7 @@ def _lock_or_refuse(path: Path, folder: Path, wait: bool) -> tuple[int, bool]:
 def rebuilt(
     folder: Path | str, purpose: str, *, keep: bool = False, wait: bool = False
 ) -> Iterator[Path]:
-    """A folder for the next content of `folder`, which takes its place when the block ends.
+    """Context manager: a new folder that replaces `folder` when the block ends.
 
     It lies beside `folder`, which stays as it is until then, or for good after an error, a kill or
     a block that wrote nothing. keep: what such a block wrote is there the next time. A second
@@ -180,7 +180,7 @@ def _discard(*folders: Path) -> None:
 
 
 def _take_place(new: Path, folder: Path, old: Path) -> None:
-    """Renames `new` to `folder`, whose content is then in `old`; at once where the system can."""
+    """Renames `new` to `folder`, whose content is then in `old`; atomically if the system can."""
     if not folder.exists():
         os.rename(new, folder)
         return
@@ -207,7 +207,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _lock(path: Path, *, wait: bool) -> tuple[int, bool]:
-    """(open descriptor of the file, whether it is locked); the file is made if need be.
+    """(open descriptor of the file, whether it is locked); the file is created if needed.
 
     Raises BlockingIOError if another process has the lock and `wait` is False.
     """

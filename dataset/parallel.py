@@ -22,7 +22,7 @@ Job = TypeVar("Job")
 
 
 def default_workers() -> int:
-    """One worker a core this process may use, at most eight: each holds a whole volume."""
+    """Number of workers: one per available core, at most eight, as each holds a whole volume."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(8, allowed or 1))
 
@@ -74,7 +74,7 @@ def _guarded(work: Callable[[Job], Any], job: Job) -> Any:
 
 
 def _die_with_parent() -> None:
-    """Ends this worker when its parent is killed; it would wait for work without end."""
+    """Ends this worker when its parent is killed; otherwise it would wait for work forever."""
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])

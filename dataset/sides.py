@@ -1,4 +1,4 @@
-"""Classes of the left and the right side: which ids trade places in a mirrored patient."""
+"""Left and right classes: which ids are swapped when a patient is mirrored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 class Sides(NamedTuple):
-    """What a mirroring does to class ids.
+    """How mirroring changes class ids.
 
     ids: the id of each class in a mirrored patient, its own where its name has no side.
     unpaired: names of classes with a side whose other side is not in the table.

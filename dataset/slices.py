@@ -51,7 +51,7 @@ def with_foreground(store: SliceStore, slices: Slices) -> Slices:
 
 
 def thin_out_empty(store: SliceStore, slices: Slices, share: float, seed: int) -> Slices:
-    """`slices` with so few of the empty ones, drawn by `seed`, that they make up `share` of all.
+    """`slices` with empty ones dropped at random, by `seed`, until they are `share` of all.
 
     share: 0 keeps none, 1 keeps all; fewer than `share` asks for stay as they are.
     """
@@ -66,7 +66,7 @@ def thin_out_empty(store: SliceStore, slices: Slices, share: float, seed: int) -
 
 
 def spread(number: int, total: int) -> list[int]:
-    """Up to `number` of the places 0 .. total - 1, evenly apart."""
+    """Up to `number` evenly spaced indices in 0 .. total - 1."""
     number = min(number, total)
     return [total * i // number for i in range(number)]
 
@@ -96,7 +96,7 @@ class StoreDataset(Dataset):
 
     @property
     def case_numbers(self) -> set[int]:
-        """The places in the store of the cases these items come from."""
+        """The store indices of the cases these items come from."""
         return {number for number, _ in self.places}
 
     @property
@@ -111,12 +111,12 @@ class StoreDataset(Dataset):
 
     @property
     def classes_not_shown(self) -> list[str]:
-        """The foreground classes of which these cases show nothing."""
+        """The foreground classes that none of these cases show."""
         shown = set().union(*(self.store.shown(number) for number in self.case_numbers))
         return [name for label, name in enumerate(self.classes) if label and label not in shown]
 
     def describe(self, **facts: Any) -> dict[str, Any]:
-        """The facts, after those that checkpoints of both systems keep of their data."""
+        """What checkpoints of both systems keep of their data, followed by `facts`."""
         return {
             "dataset": self.store.index.get("dataset"),
             "classes": self.classes,
@@ -192,7 +192,7 @@ class SliceDataset(StoreDataset):
 
     @property
     def by_class(self) -> list[np.ndarray]:
-        """Indices of the slices that hold each foreground class, a sorted array a class."""
+        """Indices of the slices that hold each foreground class, one sorted array per class."""
         pixels = np.array([self.store.cases[n]["pixels"][k] for n, k in self.places])
         return [np.flatnonzero(column) for column in pixels.T[1:]]
 
@@ -224,7 +224,7 @@ class SliceDataset(StoreDataset):
     def _between_neighbours(
         self, channel: np.ndarray, number: int, k: int, clip_limit: float
     ) -> np.ndarray:
-        """(3, H, W): slice k, as `channel` shows it, between its neighbours with the same limit."""
+        """(3, H, W): slice k, given as `channel`, between its neighbours, with one CLAHE limit."""
         known = {k: channel}
         shown = neighbours(k, self.store.cases[number]["shape"][0])
         for other in shown:

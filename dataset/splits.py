@@ -1,4 +1,4 @@
-"""Who trains, validates and tests: one rule for slices and volumes, drawn by case and seed."""
+"""Training, validation and test cases, drawn by case and seed; one rule for slices and volumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shows = Mapping[str, Collection[int]]  # case id -> the foreground classes it sh
 def held_out(
     cases: Iterable[str], fraction: float, seed: int, shows: Shows | None = None
 ) -> set[str]:
-    """A share of the cases, the same for the same ids and seed; at least two cases stay behind.
+    """A share of the cases, the same for the same ids and seed; at least two cases remain.
 
     With `shows` both sides show foreground and each class, where enough cases do: a draw that lacks
     some of them is corrected by exchanging single cases, see `balanced`.
@@ -79,7 +79,7 @@ def balanced(parts: list[list[str]], shows: Shows | None) -> list[list[str]]:
 def _exchange(
     parts: list[list[str]], rows: Mapping[str, np.ndarray]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Places (part, index) of two cases whose exchange leaves less missing; None without one."""
+    """Positions (part, index) of two cases whose exchange leaves less missing; None without one."""
     counts = np.array([np.sum([rows[name] for name in part], axis=0) for part in parts])
     possible, shown = np.minimum(len(parts), counts.sum(axis=0)), (counts > 0).sum(axis=0)
     for p, part in enumerate(parts):
@@ -117,7 +117,7 @@ def held_out_ids(
 
 
 def person(case: Mapping[str, Any]) -> str:
-    """What is never on two sides of a split: a volume's patient, a slice case's id."""
+    """The unit that a split keeps together: a volume's patient, a slice case's id."""
     return case.get("patient", case["id"])
 
 
@@ -198,6 +198,6 @@ def read_fold(folder: Path, fold: int) -> dict[str, list[str]]:
 
 
 def fold_digest(part: Mapping[str, Sequence[str]]) -> str:
-    """Hex digest of who trains and who validates in a fold; --folds and --seed change it."""
+    """Hex digest of a fold's training and validation cases; --folds and --seed change it."""
     cases = [sorted(part["train"]), sorted(part["val"])]
     return hashlib.sha256(json.dumps(cases).encode()).hexdigest()

@@ -20,7 +20,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def printable(text: object, keep: str = "") -> str:
-    r"""`text` without characters that steer a terminal or hide others: they become escapes (\x1b).
+    r"""`text` with characters that control a terminal or hide others written as escapes (\x1b).
 
     Those are control characters, line breaks, invisible and direction marks, and bytes of file
     names that are not UTF-8. keep: characters that stay, such as line breaks in longer texts.
@@ -29,7 +29,7 @@ def printable(text: object, keep: str = "") -> str:
 
 
 def csv_cell(value: object) -> str:
-    """A value for a CSV file that spreadsheets take for text or a number, never for a formula.
+    """A value for a CSV file that spreadsheets read as text or a number, never as a formula.
 
     A text that starts with = + - @ gets an apostrophe before it; numbers stay numbers.
     """

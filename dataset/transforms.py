@@ -1,4 +1,4 @@
-"""The augmentations of training, batched on whatever device the batch lies on.
+"""Training augmentations, computed in batches on the batch's device.
 
 The training step calls `augment`; nothing else in the project turns or flips a slice.
 """
@@ -32,7 +32,7 @@ class Draws(NamedTuple):
 
 
 def draw(num_samples: int, generator: torch.Generator) -> Draws:
-    """Augmentations of `num_samples` samples from a CPU generator, five numbers a sample.
+    """Augmentations of `num_samples` samples from a CPU generator, five numbers per sample.
 
     Half of the samples get quarter turns and a flip on a random axis; of the others, half are
     rotated by up to 20 degrees. Source: the published U-SAM training (from TransUNet's).
@@ -151,7 +151,7 @@ def _check_square(image: Tensor, mask: Tensor) -> None:
 
 
 def _permute(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Quarter turns and flips by integer source places, exact on every device."""
+    """Quarter turns and flips by integer indexing, exact on every device."""
     size = image.shape[-1]
     source = torch.stack([_inverse(int(q), int(f)) for q, f in zip(*draws[:2], strict=True)])
     stride = source[:, 0] * size + source[:, 1]  # (N, 2): steps in memory per target row and column
@@ -180,7 +180,7 @@ def _rotate(image: Tensor, mask: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _warp(image: Tensor, mask: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Image and mask by the maps theta (N, 2, 3), on the CPU, from a target's place to its source.
+    """Image and mask warped by maps theta (N, 2, 3), on the CPU, from target to source positions.
 
     Bilinear and nearest; places are (x, y) from -1 to 1. What comes in from outside is 0.
     """

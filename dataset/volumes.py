@@ -24,7 +24,7 @@ Objects = list[tuple[int, int]]  # (case number, class id)
 
 
 class VolumeSource(NamedTuple):
-    """A source of volumes: how its store is opened (and made), and where its data lies."""
+    """A source of volumes: how its store is opened (and made), and the default folder."""
 
     open: Callable[..., VolumeStore]
     root: str | None = None
@@ -141,7 +141,7 @@ class VolumeDataset(StoreDataset):
 
     @property
     def skipped(self) -> list[str]:
-        """One line for each structure of the store that is no object, and why."""
+        """One line for each structure of the store that is not an object, with the reason."""
         return self.store.dropped
 
     @property
@@ -197,7 +197,7 @@ class VolumeDataset(StoreDataset):
         return voxel - rng.integers(margin, self.side - margin, 3)
 
     def _holding(self, origin: np.ndarray, voxel: np.ndarray) -> np.ndarray:
-        """The place nearest to `origin` whose cube holds the voxel."""
+        """The cube origin nearest to `origin` whose cube contains the voxel."""
         return np.clip(origin, voxel - self.side + 1, voxel)
 
     def _random_voxel(self, number: int, class_id: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Drawn data: phantoms of a pelvis and a belly, and CT drawn over real label maps."""
+"""Drawn data: phantoms of pelvis and abdomen, and CT drawn over real label maps."""

@@ -38,7 +38,7 @@ MARGIN = (30.0, 25.0, 65.0)  # mm of patient around the labels: at the sides, in
 
 @dataclass(frozen=True)
 class Job:
-    """One label file to draw a patient from, and where to."""
+    """One label file to draw a patient from, and the output folder."""
 
     label: Path
     output: Path

@@ -1,4 +1,4 @@
-"""CT volumes of bellies drawn from a seed, with eight organs labelled, as a volume store.
+"""CT volumes of abdomens drawn from a seed, with eight organs labelled, as a volume store.
 
 `--dataset phantom3d` draws it on first use, so that SAM-Med3D runs without any data.
 """

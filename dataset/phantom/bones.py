@@ -73,7 +73,7 @@ def _ilium(side: int, level: float) -> list[Shape]:
 
 
 def _bone(outline: NDArray[np.float64], cortex: float) -> list[Shape]:
-    """Spongy bone with a cortex of so many mm."""
+    """Spongy bone with a cortex of the given thickness in mm."""
     return [Shape(Tissue.MARROW, outline), Shape(Tissue.CORTEX, outline, cortex)]
 
 

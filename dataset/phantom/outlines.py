@@ -84,7 +84,7 @@ def _cavity(anatomy: Anatomy, z: float) -> list[Shape]:
 
 
 def _muscles(anatomy: Anatomy, z: float) -> list[Shape]:
-    """Fat planes that part the muscles, and the muscles that line the pelvis."""
+    """Fat planes that separate the muscles, and the muscles that line the pelvis."""
     wide, deep = anatomy.half_size - anatomy.fat
     strokes = []
     for side in SIDES:
@@ -116,7 +116,7 @@ def _muscles(anatomy: Anatomy, z: float) -> list[Shape]:
 
 
 def _front_muscles(anatomy: Anatomy, z: float) -> list[Shape]:
-    """The fat between skin and groin and the muscles in it; the straight belly muscles."""
+    """The fat between skin and groin and the muscles in it; the rectus muscles."""
     wide, deep = anatomy.half_size - anatomy.fat
     strokes = []
     for side in SIDES:

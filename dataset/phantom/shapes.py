@@ -16,7 +16,7 @@ HARMONIC_SIN = np.sin(np.outer(HARMONICS, ANGLES))
 
 
 class Tissue(IntEnum):
-    """What a point of a slice is made of; the numbers are those of the painted tissue map."""
+    """Tissue types; the numbers are those of the painted tissue map."""
 
     AIR = 0
     SKIN = 1
@@ -41,7 +41,7 @@ class Tissue(IntEnum):
 
 
 class Shape(NamedTuple):
-    """One stroke of the painter: an outline and the tissue it is filled or drawn with.
+    """One painted shape: an outline and the tissue it is filled or drawn with.
 
     points (n, 2) float, mm, (x, y) with x towards the patient's left and y towards posterior.
     width 0 fills the outline, otherwise the outline is drawn as a line of that many mm;
@@ -117,7 +117,7 @@ def bezier(start: ArrayLike, bend: ArrayLike, end: ArrayLike) -> NDArray[np.floa
 
 
 def front_part(outline: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-    """Outline of what lies in front of a level surface, as gas over fluid does.
+    """Outline of the part in front of a level surface, such as gas over fluid.
 
     outline (n, 2) mm; share of its height, front to back, taken. Returns (m, 2) mm with m = 0
     where less than a sliver is left.

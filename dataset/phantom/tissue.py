@@ -62,7 +62,7 @@ def organ_of(name: str) -> Organ:
 
 
 class Field:
-    """A smooth random field through a patient, mean 0 and about standard deviation 1.
+    """A smooth random field through a patient, with mean 0 and standard deviation about 1.
 
     size: extent in mm along (z, y, x); grain: mm between independent values. `plane(z)` is the
     field at height z mm on a (side, side) grid that covers y and x.
@@ -89,7 +89,7 @@ class Field:
 
 
 class Patient:
-    """How one patient's tissues look: drawn once, then asked for plane after plane.
+    """The look of one patient's tissues: drawn once, then evaluated plane by plane.
 
     names: of the labels 1, 2, ...; size: extent in mm along (z, y, x), y = x; body: half axes
     (across, front to back) in mm of the outline, centred on the planes.
@@ -151,12 +151,12 @@ class Patient:
 
 
 def _eroded(mask: NDArray[np.bool_], pixels: float) -> NDArray[np.bool_]:
-    """What lies deeper in the mask than so many pixels."""
+    """The mask without the given number of pixels at its edge."""
     return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3) > pixels
 
 
 def scanner_noise(rng: np.random.Generator, side: int, sd: float) -> Plane:
-    """Noise (side, side) of standard deviation sd HU, of the grain of a reconstructed slice."""
+    """Noise (side, side) of standard deviation sd HU, with the grain of a reconstructed slice."""
     white = rng.standard_normal((side, side), dtype=np.float32)
     blurred = cv2.GaussianBlur(white, (0, 0), 0.6)
     return blurred * np.float32(sd / blurred.std())

@@ -1,4 +1,4 @@
-"""Case after case: what is packed, what is kept from an earlier run, which are test cases."""
+"""Packs cases one by one, reuses those of an earlier run, and draws test cases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dataset.text import counted
 
 @dataclass(frozen=True)
 class Job:
-    """A case to pack: its files, how, where to, and the store to keep finished cases of.
+    """A case to pack: its files, options, output folder, and the store to reuse finished cases of.
 
     options: the dataclass of all that shapes the bytes of a case, see prepare.slices and volumes.
     """
@@ -56,7 +56,7 @@ class Job:
 
 
 def plain_name(text: str) -> str:
-    """The text with runs of all but letters, digits, dots and dashes as one underscore."""
+    """The text with all but letters, digits, dots and dashes replaced by underscores."""
     return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).lstrip(".") or "case"
 
 
@@ -68,7 +68,7 @@ def file_blocks(path: Path) -> Iterator[bytes]:
 
 
 def check_jobs(source: Source, jobs: Sequence[Job], test_fraction: float) -> None:
-    """Refuses what can be refused before the first case is packed.
+    """Checks everything that can be checked before the first case is packed.
 
     Raises FileNotFoundError without any job, ValueError for two cases of one id or file name, for
     class names that cannot be kept and for test cases to draw where the source has some.
@@ -108,7 +108,7 @@ def pack_all(work: Callable[[Any], Entry], jobs: Sequence[Any], workers: int) ->
 
 
 def finished_case(job: Job, key: str) -> Entry | None:
-    """The entry of a case packed before from the same bytes; its arrays are put into the folder.
+    """The entry of a case packed before from the same bytes; its arrays are reused.
 
     None if there is no such case, or if its arrays are not those that its record names.
     """
@@ -143,7 +143,7 @@ def finish_case(job: Job, key: str, entry: Entry) -> Entry:
 
 
 def keep_only(folder: Path, entries: Sequence[Entry]) -> None:
-    """Removes the files of other cases than these, which an interrupted run left."""
+    """Removes files that an interrupted run left of other cases."""
     ends = [f".{kind}.npy" for kind in KINDS] + [".json"]
     ours = {f"{entry['file']}{end}" for entry in entries for end in ends}
     for path in (folder / "cases").iterdir():
@@ -152,7 +152,7 @@ def keep_only(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def label_on(case: CaseFiles, image: ScanHeader, num_classes: int | None, trusted: bool) -> Scan:
-    """The label of a case, as stored; on the image's header if its own is not to be `trusted`.
+    """The label of a case, as stored; with the image's header if its own is not `trusted`.
 
     Raises ValueError for ids outside the class table, see labels.check_label_ids, and for a label
     that does not lie on its image.

@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_case_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which cases there are, what their labels mean and which are test cases."""
+    """The flags for choosing cases, naming labels and splitting."""
     parser.add_argument("--channel", type=int, help="which of several channels, from 0")
     parser.add_argument(
         "--series", type=int, help="which of several DICOM series in a case's folder, from 1"
@@ -139,7 +139,7 @@ def _fraction(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the command: 0, or 2 with one line a fault on stderr."""
+    """Exit code of the command: 0, or 2 with one line per error on stderr."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     _check_flags(parser, args)
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with a usage line where a flag does nothing for the source."""
+    """Exits with an error if a flag has no effect for the source."""
     given = [flag for flag in vars(args) if getattr(args, flag) != parser.get_default(flag)]
     if args.source in FLAGS_OF:
         useless = [f for f in given if f not in COMMON_FLAGS | FLAGS_OF[args.source]]
@@ -171,7 +171,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def _summary_from_flags(args: argparse.Namespace) -> list[str]:
-    """Prepares what the flags ask for; lines that say what came out."""
+    """Prepares the data as the flags say; returns a summary in lines."""
     common = {
         name: getattr(args, name) for name in ("test_fraction", "seed", "workers", "overwrite")
     }
@@ -209,7 +209,7 @@ def _summary_from_flags(args: argparse.Namespace) -> list[str]:
 def prepare_care(
     release: Path, output: Path, folds: int | None, *, seed: int, overwrite: bool
 ) -> Entry:
-    """Index of the store that `output` becomes from a CARE release; nothing is done twice."""
+    """Packs a CARE release into a store in `output`, unless it is there; returns its index."""
     splits = rectum.find_splits(release)
     digest = rectum.source_digest(release, splits)
     if not rectum.holds(output, digest):

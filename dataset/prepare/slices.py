@@ -1,4 +1,4 @@
-"""Labelled scans become a slice store: windowed, upright slices of one case after another."""
+"""Builds a slice store from labelled scans: windowed, upright slices, case by case."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dataset.store.slices import SliceStore, write_case, write_index
 
 @dataclass(frozen=True)
 class SliceOptions:
-    """What shapes the bytes of a case; spacing in mm, None for the native in-plane size."""
+    """Options that decide a case's bytes; spacing in mm, None for the native in-plane size."""
 
     window: Window
     spacing: float | None = None
@@ -92,7 +92,7 @@ def prepare_scans(
 
 
 def write_splits(folder: Path, cases: Sequence[Entry], *, folds: int | None, seed: int) -> None:
-    """Writes the splits.json of a store: who trains, validates and tests, and the folds."""
+    """Writes the splits.json of a store: training, validation and test cases, and the folds."""
     places = [(entry["id"], entry["split"]) for entry in cases]
     table = split_table(places, folds=folds, seed=seed, shows=shows(cases, "train"))
     write_json(folder / "splits.json", table)
@@ -173,7 +173,7 @@ def _pack_label(job: Job, scan: Scan, box: list[int] | None) -> np.ndarray:
 
 
 def _options_before(output: Path) -> Entry:
-    """How a store that is there already was made, and whether it has folds; empty without one."""
+    """How an existing store was made, and whether it has folds; empty if there is none."""
     try:
         index = SliceStore(output).index
     except (ValueError, OSError):
@@ -185,7 +185,7 @@ def _options_before(output: Path) -> Entry:
 
 
 def _changed_lines(before: Entry, index: Entry, folds: int | None) -> list[str]:
-    """How the store differs from the one that was there, `before`."""
+    """How the store differs from the previous one, `before`."""
     lines = [
         f"replaces a store of another {name}: {index[name]} (was {value})"
         for name, value in before.items()

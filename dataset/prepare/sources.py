@@ -1,4 +1,4 @@
-"""What lies where in a folder of raw scans: WORD, nnU-Net raw data, or two folders paired by name.
+"""Finds scans and labels in raw data: WORD, nnU-Net, or two folders paired by name.
 
 `prepare` packs the cases listed here and `verify` checks them; nothing is read but names and
 dataset.json.
@@ -198,7 +198,7 @@ def find_folder(
 
 
 def _other_files(labels: Path) -> str:
-    """A remark on files of a folder of labels that no reader takes, such as PNG; often empty."""
+    """A remark on label files that cannot be read, such as PNG; empty if there are none."""
     files = [path for path in labels.iterdir() if path.is_file() and not path.name.startswith(".")]
     ends = sorted({path.suffix for path in files if not is_scan_name(path.name)} - {""})
     if not ends:

@@ -39,7 +39,7 @@ def remark_lines(index: dict[str, Any]) -> list[str]:
 
 
 def volume_summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
-    """Lines: patients and objects per split, objects and voxels per class, what is no object."""
+    """Lines: patients and objects per split, objects and voxels per class, excluded structures."""
     lines = [f"{'split':<8}{'patients':>10}{'cases':>8}{'objects':>10}"]
     for split in ("train", "val", "test"):
         cases = [case for case in index["cases"] if case["split"] == split]
@@ -84,7 +84,7 @@ def _class_lines(index: dict[str, Any]) -> list[str]:
 
 
 def _missing_lines(index: dict[str, Any]) -> list[str]:
-    """What a newcomer would stumble over later: nobody to test on, classes that nobody has."""
+    """Remarks on later problems: no test cases, classes without a voxel."""
     cases, lines = index["cases"], []
     if not any(case["split"] == "test" for case in cases):
         lines.append(

@@ -1,4 +1,4 @@
-"""Where labelled volumes lie: SAM-Med3D's own layout, nnU-Net, WORD, AMOS or plain pairs.
+"""Finds labelled volumes: SAM-Med3D's own layout, nnU-Net, WORD, AMOS or plain pairs.
 
 `dataset.prepare volumes` and `--dataset volumes` list their cases here; nothing is read but names
 and dataset.json.

@@ -1,4 +1,4 @@
-"""Labelled scans become a volume store: resampled, oriented, small structures told apart.
+"""Builds a volume store from labelled scans: resampled, oriented, small structures excluded.
 
 `--dataset volumes` on SAM-Med3D's own layout packs it here on first use.
 """
@@ -39,7 +39,7 @@ MIN_VOLUME = 1.0  # cm3
 
 @dataclass(frozen=True)
 class VolumeOptions:
-    """What shapes the bytes of a case; binary is the label's one class id in SAM-Med3D's layout.
+    """Options that decide a case's bytes; binary: the label's class id in SAM-Med3D's layout.
 
     names: of the classes, empty where nothing names them; min_volume in cm3.
     """
@@ -163,7 +163,7 @@ def _read_label(job: Job, image: ScanHeader) -> Scan:
 
 
 def _sorted_out(job: Job, label: Scan, mask: np.ndarray) -> tuple[list[int], list[str]]:
-    """Ids of the label's objects, and a line for each structure that is none."""
+    """Ids of the label's objects, and a line for each structure that is excluded."""
     voxel = abs(np.linalg.det(label.affine[:3, :3])) / 1000  # cm3
     before, after = (
         np.bincount(array.ravel(order="K"), minlength=256) for array in (label.array, mask)

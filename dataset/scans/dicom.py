@@ -94,13 +94,13 @@ class DicomSlice:
 
     @property
     def name(self) -> str:
-        """What the slice is called in messages."""
+        """The slice's name in messages."""
         return f"{self.file.name} frame {self.frame + 1}" if self.frame else self.file.name
 
 
 @dataclass(frozen=True)
 class DicomFile:
-    """One DICOM file: which series it belongs to, its slices, and why it may be no scan.
+    """One DICOM file: its series, its slices, and the reason if it is not a scan.
 
     has_image: whether it holds pixels at all. problem: what keeps its numbers from being
     intensities of a scan; empty if nothing does.
@@ -166,7 +166,7 @@ def _described(path: Path, content: Dataset) -> DicomFile:
 
 
 def _problem(content: Dataset, modality: str) -> str:
-    """Why a file holds no intensities of a scan; empty if it does."""
+    """The reason why a file is not a scan; empty if it is one."""
     if modality in NO_SCANS:
         return f"{NO_SCANS[modality]} ({modality}), not a scan"
     if not content.get("Rows") or not content.get("Columns"):
@@ -316,7 +316,7 @@ def _decoded(content: Dataset) -> np.ndarray:
 
 
 def _masked(frames: np.ndarray, content: Dataset) -> np.ndarray:
-    """The numbers without what lies in bits above BitsStored (overlays in old files)."""
+    """The numbers without the bits above BitsStored (overlays in old files)."""
     bits = int(content.get("BitsStored") or 16)
     if frames.dtype.kind not in "iu" or bits >= 8 * frames.dtype.itemsize:
         return frames

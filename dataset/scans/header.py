@@ -1,4 +1,4 @@
-"""A scan and its header as plain values, and the bounds that every header must keep."""
+"""A scan and its header as plain values, and limits that every header must meet."""
 
 from __future__ import annotations
 
@@ -88,17 +88,17 @@ class Scan:
 
 
 def size_text(shape: tuple[int, ...]) -> str:
-    """The sizes as people write them: 512 x 512 x 20."""
+    """The sizes as text: 512 x 512 x 20."""
     return " x ".join(str(int(length)) for length in shape)
 
 
 def mm_text(sizes: np.ndarray | tuple[float, ...]) -> str:
-    """Lengths as people write them: 0.8 x 0.8 x 2.5 mm."""
+    """Lengths as text: 0.8 x 0.8 x 2.5 mm."""
     return " x ".join(f"{float(size):.4g}" for size in sizes) + " mm"
 
 
 def check_header(header: ScanHeader, *, claimed: int | None, available: int) -> ScanHeader:
-    """The header with remarks on its place, if its sizes and affine are possible.
+    """The header with remarks on its geometry, if its sizes and affine are possible.
 
     claimed and available: bytes of voxels. Raises ValueError for absurd sizes and for an affine
     that is not finite or not invertible.

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files, read through SimpleITK; what it ignores is read from their text."""
+"""NRRD and MetaImage files, read by SimpleITK; fields it ignores are read from the text."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def open_itk(path: Path) -> ItkFile:
 
 
 def voxel_file(path: Path) -> Path | None:
-    """The file that the voxels of a header lie in; None if they follow it or lie in several."""
+    """The file with a header's voxels; None if they follow the header or are in several files."""
     text = _header_text(path)
     named = text.get("data file", text.get("datafile", text.get("elementdatafile", "LOCAL")))
     if named.upper() == "LOCAL" or re.search(r"%|^LIST", named):
@@ -123,7 +123,7 @@ Facts = tuple[float, dict[str, bool], tuple[str, ...]]
 
 
 def _nrrd_facts(path: Path, text: dict[str, str]) -> Facts:
-    """(mm per unit, whether oriented and sized, remarks) of an NRRD header's text."""
+    """From an NRRD header's text: (mm per unit, whether oriented and sized, remarks)."""
     units = set(re.findall(r'"([^"]*)"', text.get("space units", ""))) - {""}
     unit, remarks = _unit_of(path, "space units", units)
     space = text.get("space", "").lower().removesuffix("-time").removesuffix("t")
@@ -135,7 +135,7 @@ def _nrrd_facts(path: Path, text: dict[str, str]) -> Facts:
 
 
 def _metaimage_facts(path: Path, text: dict[str, str]) -> Facts:
-    """(mm per unit, whether oriented and sized, remarks) of a MetaImage header's text."""
+    """From a MetaImage header's text: (mm per unit, whether oriented and sized, remarks)."""
     for key, plain in {"slope": 1.0, "offset": 0.0}.items():
         value = text.get(f"elementtointensityfunction{key}")
         if value is not None and _number(value) != plain:
@@ -154,7 +154,7 @@ def _metaimage_facts(path: Path, text: dict[str, str]) -> Facts:
 
 
 def _unit_of(path: Path, field: str, units: set[str]) -> tuple[float, tuple[str, ...]]:
-    """(mm per unit, remarks) of the unit of length that a header names; mm without any."""
+    """(mm per unit, remarks) for the unit of length that a header names; mm by default."""
     factors = {MM_PER_UNIT.get(unit.removeprefix("met_distance_units_")) for unit in units}
     if None in factors or len(factors) > 1:
         raise ValueError(f"{path}: {field} {', '.join(sorted(units)):.60} not supported; use mm")
@@ -188,7 +188,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A context in which libraries that print to stderr on their own, as GDCM does, are silent."""
+    """Context manager that silences libraries which print to stderr themselves, such as GDCM."""
     try:
         kept = os.dup(2)
     except OSError:  # there is no stderr

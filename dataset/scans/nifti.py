@@ -95,7 +95,7 @@ class NiftiFile:
 
 
 def open_nifti(path: Path) -> NiftiFile:
-    """A NIfTI-1 or NIfTI-2 file, packed or not, with its header read and checked.
+    """A NIfTI-1 or NIfTI-2 file, compressed or not, with its header read and checked.
 
     Raises ValueError, in one line, for a file that is none, that claims more than it can hold, or
     whose header does not place its voxels.
@@ -128,7 +128,7 @@ def open_nifti(path: Path) -> NiftiFile:
 
 
 def stored_header(block: bytes) -> nib.Nifti1Header:
-    """The NIfTI-1 or NIfTI-2 header in a file's first bytes, as it stands there, nothing repaired.
+    """The NIfTI-1 or NIfTI-2 header in a file's first bytes, without any repairs.
 
     Extensions, which may claim any length, are left out.
     """
@@ -177,7 +177,7 @@ def _place(
 
 
 def _check_sizes(sizes: np.ndarray, qfac: float) -> None:
-    """Raises ValueError for voxel sizes that place nothing; 0 stands for "unknown"."""
+    """Raises ValueError for unusable voxel sizes; 0 stands for "unknown"."""
     if not np.isfinite(sizes).all() or (sizes < 0).any():
         raise ValueError(f"voxel sizes {mm_text(sizes)} (pixdim) must not be negative or NaN")
     if qfac < 0 and qfac != -1:

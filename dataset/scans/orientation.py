@@ -1,4 +1,4 @@
-"""A scan's own axes and upright ones: turning there and back, and whether two scans coincide."""
+"""Conversion between a scan's own axes and upright ones, and comparison of two geometries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def turn_from_lps(affine: np.ndarray) -> np.ndarray:
 
 
 def lps_affine(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(4, 4) from the index of a scan of `shape`, once turned to LPS, to RAS mm."""
+    """(4, 4) from voxel indices in LPS order to RAS mm, for a scan of `shape`."""
     return affine @ nib.orientations.inv_ornt_aff(turn_to_lps(affine), shape)
 
 
@@ -73,7 +73,7 @@ def from_canonical(slices: np.ndarray, scan: Scan, orientation: str = "LPS") -> 
 
 
 def geometry_difference(first: ScanHeader, second: ScanHeader) -> str:
-    """How two scans differ in place, with both affines; empty if voxels lie on voxels.
+    """How the geometry of two scans differs, with both affines; empty if it agrees.
 
     Both are turned to the canonical frame first, so a mere change of axes is no difference.
     Corners may be a tenth of the smallest voxel side apart.
@@ -96,7 +96,7 @@ def geometry_difference(first: ScanHeader, second: ScanHeader) -> str:
 
 
 def _oriented(array: np.ndarray, orientation: str, *, back: bool = False) -> np.ndarray:
-    """(x, y, z) to slices (z, y, x), or (z, x, y) if "stored"; the way back with back."""
+    """(x, y, z) to slices (z, y, x), or (z, x, y) if "stored"; the inverse if `back`."""
     if orientation == "LPS":
         return array.transpose(2, 1, 0)
     if orientation == "stored":

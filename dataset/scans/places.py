@@ -16,7 +16,7 @@ TURN_TOLERANCE = 1e-3  # rad
 
 
 def places(heights: np.ndarray) -> list[list[int]]:
-    """Indices of slices grouped by the place they share along the stack, lowest place first."""
+    """Indices of slices grouped by their position along the stack, lowest first."""
     order = np.argsort(heights, kind="stable")
     gaps = np.diff(heights[order])
     real = gaps[gaps > 1e-3]
@@ -43,7 +43,7 @@ def even_step(folder: Path, slices: Sequence[DicomSlice], normal: np.ndarray) ->
 
 
 def _off_line(positions: np.ndarray) -> float:
-    """How far evenly spaced places on the best line stay from the positions at most, in mm.
+    """The largest distance in mm between the positions and the best evenly spaced line.
 
     The line is the one with the smallest largest distance (Lawson's reweighted least squares), so
     that positions rounded to a tenth of a millimetre are not blamed for the rounding of both ends.
@@ -93,7 +93,7 @@ def _why_uneven(
 
 
 def straightened(axes: np.ndarray, step: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Axes and step at right angles where only rounding keeps them from it.
+    """Axes and step, made perpendicular if they deviate only by rounding.
 
     A step that leans by less than the tolerance over all slices is put upright; axes that are off
     by less than the tolerance of an orientation are turned to the step, which keeps every slice in

@@ -58,7 +58,7 @@ def open_scan(path: str | Path, series: int | None = None) -> ScanFile:
 
 
 def read_header(path: str | Path, series: int | None = None) -> ScanHeader:
-    """Header of a scan; takes and raises what open_scan does."""
+    """Header of a scan; arguments and errors as for open_scan."""
     return open_scan(path, series).header
 
 
@@ -92,7 +92,7 @@ def _loaded(opened: ScanFile, channel: int) -> Scan:
 
 
 def read_label(path: str | Path, num_classes: int | None = None) -> Scan:
-    """A label map in file order, uint8 (I, J, K); ids as check_label_ids wants them.
+    """A label map in file order, uint8 (I, J, K); ids as check_label_ids requires.
 
     Values within 0.001 of a whole number are that number. Raises what read_scan raises, and
     ValueError, naming the ids, for fractional or unknown labels.

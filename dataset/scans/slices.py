@@ -1,4 +1,4 @@
-"""A scan as the uint8 slices that a checkpoint's model was trained on, made one by one."""
+"""A scan as uint8 slices, prepared one by one as for the training of a checkpoint."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ScanSlices:
         return given if given is not None else trained
 
     def _seen(self, crop: float, *, body_crop: bool) -> tuple[int, int, int, int]:
-        """The body's box, then the share `crop` of the side cut off at each edge of it."""
+        """The body's box, with the fraction `crop` of its side cut off at each edge."""
         y0, y1, x0, x1 = 0, self.shape[1], 0, self.shape[2]
         if body_crop:
             y0, y1, x0, x1 = body_box(self.volume.slices, self.window)
@@ -90,7 +90,7 @@ class ScanSlices:
         return apply_window(self.volume.slices[k : k + 1], self._limits)[0]
 
     def model_input(self, k: int) -> np.ndarray:
-        """Slice k as training showed it: uint8 (1 or, for 2.5D, 3, img_size, img_size)."""
+        """Slice k as in training: uint8 (1 or, for 2.5D, 3, img_size, img_size)."""
         shown = neighbours(k, len(self)) if self.input == "2.5d" else [k]
         planes = {number: self._channel(number) for number in set(shown)}
         return np.stack([planes[number] for number in shown])

@@ -1,4 +1,4 @@
-"""A scan on the 1.5 mm grid in RAS order that SAM-Med3D sees, and labels back on its own voxels."""
+"""Resamples scans to SAM-Med3D's 1.5 mm grid in RAS order, and labels back to the scan's voxels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GRACE = 1e-3  # of a voxel: float32 affines give sizes like 120.00001, which mea
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a scan's voxels lie and where those of its 1.5 mm volume do.
+    """The geometry of a scan and of its 1.5 mm volume.
 
     The scan is turned to LPS by its nearest axes, resampled from the outer corner of its first
     voxel, and flipped to RAS. Published inference resamples in the file's own axes instead, so
@@ -114,7 +114,7 @@ def grid_of(header: ScanHeader) -> Grid:
 
 @dataclass(frozen=True)
 class ScanVolume:
-    """A scan at 1.5 mm, image (X, Y, Z) in RAS order, and the way back to the scan's own grid.
+    """A scan at 1.5 mm, image (X, Y, Z) in RAS order, and its relation to the scan's own grid.
 
     image is int16 (integer scans; interpolated values lose their fraction) or float32.
     """
@@ -164,7 +164,7 @@ class ScanVolume:
         return np.ascontiguousarray(nib.apply_orientation(lps, back))
 
     def save(self, path: str | Path, label: np.ndarray) -> None:
-        """Write a label at the image's voxels (X, Y, Z) uint8 as a NIfTI placed as the scan."""
+        """Write a label at the image's voxels (X, Y, Z) uint8 as a NIfTI in the scan's geometry."""
         write_label_map(path, self.restore(label), self.grid.header)
 
 
@@ -234,7 +234,7 @@ def _turned(array: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def _weights(grid: Grid, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each voxel of an axis: its two neighbours, the second's weight, and if it is inside."""
+    """For each voxel of an axis: its two neighbours, the second's weight, whether it is inside."""
     last, position = grid.upright[axis] - 1, grid.positions(axis)
     low = np.floor(position)
     weight = (position - low).astype(np.float32)
@@ -249,6 +249,6 @@ def _along(plane: np.ndarray, weights: tuple[np.ndarray, ...], axis: int) -> np.
 
 
 def _between(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Float32 values a share `weight` of the way from first to second; exact where both agree."""
+    """Linear interpolation, float32, from first to second by `weight`; exact where both agree."""
     first = first.astype(np.float32)
     return first + weight * (second.astype(np.float32) - first)

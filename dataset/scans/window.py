@@ -49,7 +49,7 @@ def parse_window(words: Sequence[str | float]) -> Window:
 
 
 def window_limits(slices: np.ndarray, window: Window) -> tuple[float, float]:
-    """(low, high) in the scan's units; "percentile" takes 0.5 and 99.5 % of the volume.
+    """(low, high) in the scan's units; "percentile": the volume's 0.5 and 99.5 percentiles.
 
     Percentiles come from at most 2^24 voxels on a regular in-plane grid; where they are equal the
     upper limit is one above. None is CARE's [0, 1].
@@ -85,7 +85,7 @@ def apply_window(slices: np.ndarray, window: Window) -> np.ndarray:
 
 
 def window_misfit(slices: np.ndarray, window: Window) -> str:
-    """Why a window does not suit a scan, as a part of a sentence; empty if it does.
+    """The reason why a window does not suit a scan, as part of a sentence; empty if it does.
 
     slices (S, H, W) in the scan's units, of which at most 2^24 voxels are looked at. A window
     suits if it leaves at least 16 grey values and at most 95 % of the voxels above black white.

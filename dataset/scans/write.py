@@ -32,7 +32,7 @@ MAX_NIFTI1_SIDE = 32767
 
 
 def nifti_header(scan: ScanHeader) -> nib.Nifti1Header:
-    """A NIfTI header without any text that is placed as the scan is.
+    """A NIfTI header with the scan's geometry and without any text.
 
     A NIfTI scan's own fields are copied as stored, codes and unit of length included, so that
     every reader that finds the scan at some place finds the copy there. Of other formats the
@@ -53,7 +53,7 @@ def nifti_header(scan: ScanHeader) -> nib.Nifti1Header:
 
 
 def _copied(stored: nib.Nifti1Header) -> nib.Nifti1Header:
-    """A fresh header of the same version with the stored one's place and nothing else of it."""
+    """A new header of the same version with the stored one's geometry and nothing else of it."""
     header = type(stored)()
     for field in PLACE_FIELDS:
         header[field] = stored[field]
@@ -74,7 +74,7 @@ def _complete(
 
 
 def write_label_map(path: str | Path, label: np.ndarray, scan: ScanHeader) -> None:
-    """Write a label map (I, J, K) uint8, in the scan's own axes, as a NIfTI placed as the scan.
+    """Write a label map (I, J, K) uint8, in the scan's own axes, as a NIfTI in its geometry.
 
     path ends in .nii.gz or .nii. The file appears whole or not at all.
     """

@@ -68,7 +68,7 @@ class Store:
 
     @staticmethod
     def check(index: object, where: str) -> None:
-        """Raises ValueError, naming `where` and the case, unless the index is sound."""
+        """Raises ValueError, naming `where` and the case, unless the index is valid."""
         raise NotImplementedError
 
     @property
@@ -107,7 +107,7 @@ class Store:
         return shown(self.cases[case_number])
 
     def _check_unchanged(self) -> None:
-        """Raises ValueError where another store has taken this one's place since it was opened."""
+        """Raises ValueError if the store was replaced since it was opened."""
         path = self.folder / "index.json"
         if _stamp(path) != self._stamp and file_digest(path) != self.digest:
             raise ValueError(f"{self.folder}: the store was replaced while in use; start again")
@@ -152,7 +152,7 @@ def write_arrays(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.n
 
 
 def write_checked_index(folder: Path | str, index: Entry, store: type[Store]) -> Path:
-    """Path of the index of a store, written last and at once: a store is whole or has no index.
+    """Writes a store's index, last and atomically: a store with an index is complete. Its path.
 
     Cases are sorted by file name; what is written is checked as on reading. Raises ValueError.
     """
@@ -170,7 +170,7 @@ def new_store(
     folder: Path | str, purpose: str, *, overwrite: bool = False, keep: bool = False,
     wait: bool = False,
 ) -> Iterator[Path]:  # fmt: skip
-    """A folder to write a store in that takes the place of `folder` at the end, see files.rebuilt.
+    """Context manager: a folder for a new store; replaces `folder` at the end, see files.rebuilt.
 
     Hidden files of others stay in `folder`. Raises ValueError where it holds others than a store's;
     overwrite: unless they have a store's names, and are replaced.
@@ -201,7 +201,7 @@ def new_store(
 
 
 def foreign(folder: Path) -> list[Path]:
-    """What lies in a store's folder, or in its cases, and is no part of a store; sorted."""
+    """Files in a store's folder, or in its cases, that are not part of a store; sorted."""
     try:
         index = json.loads((folder / "index.json").read_bytes())
         files = {str(case["file"]) for case in index["cases"]}
@@ -245,7 +245,7 @@ def check_name(name: object, where: str) -> str:
 
 
 def check_table(index: Entry, where: str, keys: set[str]) -> int:
-    """Number of classes of an index whose class table and list of cases are sound.
+    """Number of classes of an index, after checking its class table and list of cases.
 
     keys: what each case must have. Raises ValueError, naming `where` and the case.
     """
@@ -275,7 +275,7 @@ def check_table(index: Entry, where: str, keys: set[str]) -> int:
 
 
 def check_class_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError for class names that are empty, double, or a second background.
+    """Raises ValueError for class names that are empty, duplicate, or a second background.
 
     names: by label id, the background's first. Control characters are refused as well.
     """
@@ -336,7 +336,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.nd
 
 
 def still_whole(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """Arrays of `map_array`, as they are; raises ValueError where a file was cut since then.
+    """Returns arrays of `map_array`; raises ValueError if a file became shorter since then.
 
     Reading from a map beyond the end of its file would end the process without a word (SIGBUS).
     """
@@ -348,7 +348,7 @@ def still_whole(arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
 
 
 def packed_places(roots: Sequence[Path], digest: str) -> list[Path]:
-    """Folders a packed store of this digest may lie in: `packed` in the only root, the cache."""
+    """Possible folders of a packed store of this digest: `packed` in the only root, the cache."""
     beside = [roots[0] / "packed"] if len(roots) == 1 else []
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [*beside, cache / "u-sam" / digest[:16]]

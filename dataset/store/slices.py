@@ -25,7 +25,7 @@ class SliceStore(Store):
 
     @staticmethod
     def check(index: object, where: str) -> None:
-        """Raises ValueError, naming `where` and the case, unless `index` is sound."""
+        """Raises ValueError, naming `where` and the case, unless `index` is valid."""
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
             if str(found).startswith("volumes-"):
@@ -89,7 +89,7 @@ def write_case(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.nda
 
 
 def write_index(folder: Path | str, index: Entry) -> Path:
-    """Path of the store's index, see write_checked_index; counts are padded to the class table."""
+    """Writes the store's index, see write_checked_index; counts are padded to the class table."""
     num_classes = len(index.get("classes", ()))
     cases = [
         {**case, "pixels": [row + [0] * (num_classes - len(row)) for row in case["pixels"]]}

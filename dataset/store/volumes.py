@@ -32,7 +32,7 @@ class VolumeStore(Store):
 
     @staticmethod
     def check(index: object, where: str) -> None:
-        """Raises ValueError, naming `where` and the case, unless `index` is sound."""
+        """Raises ValueError, naming `where` and the case, unless `index` is valid."""
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
             raise ValueError(
@@ -45,12 +45,12 @@ class VolumeStore(Store):
 
     @property
     def dtype(self) -> np.dtype:
-        """What crops of any case come as: int16 if all images are, float32 otherwise."""
+        """The type of crops of all cases: int16 if all images are, float32 otherwise."""
         return np.dtype(max((case["dtype"] for case in self.cases), default="int16", key=len))
 
     @property
     def dropped(self) -> list[str]:
-        """One line for each structure that is no object: too small, or empty once resampled."""
+        """One line per structure that is not an object: too small, or empty after resampling."""
         return [line for case in self.cases for line in case["dropped"]]
 
     def voxels(self, case_number: int, label: int) -> int:
@@ -110,7 +110,7 @@ def measured(mask: np.ndarray) -> tuple[Entry, Entry]:
 
 
 def write_volume_index(folder: Path | str, index: Entry) -> Path:
-    """Path of the store's index, see write_checked_index."""
+    """Writes the store's index, see write_checked_index."""
     index = {**index, "format": FORMAT, "orientation": "RAS"}
     return write_checked_index(folder, index, VolumeStore)
 

@@ -64,7 +64,7 @@ def care_jobs(root: Path) -> tuple[list[SliceJob], list[Finding]]:
 
 
 def check_slice(job: SliceJob) -> Checked:
-    """Everything about one npz of the release, read whole."""
+    """All findings on one npz of the release, which is read in full."""
     case = rectum.case_of(job.path.stem)[0]
     checked = Checked(case, job.split, relative(job.path, job.root))
     try:

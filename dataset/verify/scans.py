@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass
 class Checked:
-    """What was found about a case, and what the comparison with other cases needs.
+    """The findings on a case, and the facts to compare it with other cases.
 
     spacing (between slices, in plane) mm or None; fingerprint: digest of the image's values.
     """
@@ -50,7 +50,7 @@ class Checked:
         self.findings.append(Finding("error", file or self.file, _without(str(what))))
 
     def warning(self, what: str, file: str | None = None) -> None:
-        """Notes what may be a fault of the case's image, or of another file."""
+        """Notes a possible fault of the case's image, or of another file."""
         self.findings.append(Finding("warning", file or self.file, what))
 
 
@@ -72,7 +72,7 @@ class ScanJob:
 
 
 def check_scan(job: ScanJob) -> Checked:
-    """Everything about one image and its label, each read whole."""
+    """All findings on one image and its label, which are read in full."""
     case = job.case
     checked = Checked(case.id, case.split, relative(case.image, job.root))
     label_file = relative(case.label, job.root)

@@ -79,7 +79,7 @@ def check_case(job: StoreJob) -> Checked:
 
 
 def _check_record(checked: Checked, store: Store, case: dict[str, Any]) -> None:
-    """Whether a case's record, where there is one, is that of the index."""
+    """Whether a case's record, if it has one, agrees with the index."""
     try:
         record = json.loads((store.folder / "cases" / f"{case['file']}.json").read_bytes())
         same = record["key"] == case["source"]
@@ -118,7 +118,7 @@ def _check_volume(
 
 
 def _unknown_files(store: Store) -> Iterator[Finding]:
-    """What lies among the arrays of a store and belongs to none of its cases."""
+    """Files among the arrays of a store that belong to none of its cases."""
     known = {case["file"] for case in store.cases}
     for path in sorted((store.folder / "cases").iterdir()):
         stem = path.name.removesuffix(".npy").removesuffix(".image").removesuffix(".mask")

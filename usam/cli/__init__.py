@@ -1,1 +1,1 @@
-"""The command line of u-sam.py: its flags, their values and how they go together. No torch here."""
+"""The command line of u-sam.py: flags, their values and checks. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Which flags go together: checks of the flags against each other, and against the model."""
+"""Checks of the flags against each other and against the model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EXCLUSIVE = (
 
 
 def check_flags(parser: ArgumentParser, args: Namespace) -> None:
-    """Exits with one line where flags do not go together.
+    """Exits with one line if the flags cannot be combined.
 
     Several --resume become `resume`, the first, and `ensemble`, the others or None.
     """
@@ -54,13 +54,13 @@ def check_flags(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def is_given(args: Namespace, name: str) -> bool:
-    """Whether a flag was given; `--resume auto` is no checkpoint to start from."""
+    """Whether a flag was given; `--resume auto` does not count, as it names no checkpoint."""
     value = getattr(args, name)
     return value is not None and value is not False and not (name == "resume" and value == AUTO)
 
 
 def check_pairs(parser: ArgumentParser, args: Namespace) -> None:
-    """Exits where a flag is given without the run it is for, or two that exclude each other."""
+    """Exits if a flag lacks the mode it belongs to, or if two flags exclude each other."""
     for flag in FLAGS:
         if flag.runs and is_given(args, flag.name) and not any(getattr(args, r) for r in flag.runs):
             parser.error(f"--{flag.name} needs {' or '.join(f'--{run}' for run in flag.runs)}")
@@ -70,7 +70,7 @@ def check_pairs(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def check_resume(parser: ArgumentParser, args: Namespace) -> None:
-    """Exits where a run needs a checkpoint, or another kind of --resume."""
+    """Exits if a mode needs a checkpoint, or another form of --resume."""
     for run in ("eval", "predict", "serve", "annotate", *EXPORTS):
         if not is_given(args, run):
             continue
@@ -90,7 +90,7 @@ def check_resume(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def check_untrained(parser: ArgumentParser, args: Namespace) -> None:
-    """Exits where --predict with SAM's own weights lacks prompts, or has flags of a checkpoint."""
+    """Exits if --predict with SAM's weights lacks prompts, or has flags that need a checkpoint."""
     if not (args.box or args.point or args.prompts):
         parser.error(
             "--predict needs --resume PATH, or --box, --point or --prompts to segment with the "
@@ -102,7 +102,7 @@ def check_untrained(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def check_prompts(parser: ArgumentParser, args: Namespace) -> None:
-    """Exits where --box, --slice, --point and --mm do not fit together."""
+    """Exits if --box, --slice, --point and --mm cannot be combined."""
     boxes, slices, points = args.box or [], args.slice or [], args.point or []
     if slices and len(slices) != len(boxes):
         parser.error(f"--slice is given {len(slices)}x and --box {len(boxes)}x; give one per box")
@@ -144,7 +144,7 @@ def check_counts(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def check_model_flags(args: Namespace) -> None:
-    """Raises ValueError for flags that --model does not have, and a --box or --dataset not for it.
+    """Raises ValueError if flags, --box or --dataset do not belong to --model.
 
     A single --data_root becomes a path, several stay a list.
     """

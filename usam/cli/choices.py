@@ -1,4 +1,4 @@
-"""Names that flags may take, each stated once; without torch, so that flags are read at once."""
+"""Allowed values of flags, each stated once; no torch, so that the command line parses quickly."""
 
 from __future__ import annotations
 

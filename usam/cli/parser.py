@@ -1,4 +1,4 @@
-"""From the command line to the values of all flags; what is left out comes from a checkpoint."""
+"""Parses the command line; flags left out take their value from the checkpoint or the defaults."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build_parser() -> Parser:
 
 
 def _options(flag: Flag) -> dict[str, Any]:
-    """What argparse needs for a flag. Values that a checkpoint may fill in start as None."""
+    """A flag as arguments of add_argument. Values that a checkpoint may supply start as None."""
     options: dict[str, Any] = {"help": help_text(flag).replace("%", "%%")}
     if flag.type is None:
         return options | {"action": "store_true", "default": None if flag.resume else False}
@@ -76,7 +76,7 @@ def _options(flag: Flag) -> dict[str, Any]:
 
 
 def help_text(flag: Flag) -> str:
-    """A flag's help: the model and the runs it is for, what it does, its default."""
+    """A flag's help text: the model and modes it belongs to, what it does, its default."""
     runs = " and ".join(f"--{run}" for run in flag.runs)
     scope = ", ".join(part for part in (flag.model and f"{flag.model} only", runs) if part)
     default = default_text(flag)
@@ -122,7 +122,7 @@ def parse_flags(arguments: list[str] | None = None) -> Namespace:
 
 
 def unknown_text(unknown: list[str]) -> str:
-    """What to say of words that are no flag, or belong to none: the closest real flag."""
+    """The error message for unknown arguments, with the closest existing flag."""
     flag = next((word for word in unknown if word.startswith("-") and word != "--"), None)
     if flag is None:
         return f"{unknown[0]!r} belongs to no flag"
@@ -172,7 +172,7 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
 
 
 def check_removed(args: Namespace, trained: dict[str, Any]) -> None:
-    """Raises ValueError where training would resume with a flag that this version lacks.
+    """Raises ValueError if training would resume with a flag that was removed.
 
     With --override the flag is switched off, and that is printed.
     """

@@ -1,4 +1,4 @@
-"""The values of flags: each function turns a text into the value or says what was expected."""
+"""Types of flags: each function converts a string or raises an error saying what is expected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def number(least: float = -math.inf, *, below: float = math.inf) -> Callable[[st
 
 
 def millimetres(text: str) -> float:
-    """The size of a voxel in mm: above 0, within what scanners and microscopes give."""
+    """A voxel size in mm: above 0 and within a plausible range."""
     value = as_float(text)
     if not 1e-4 <= value <= 1e4:
         raise wrong(text, "a length in mm from 0.0001 to 10000")
@@ -49,14 +49,14 @@ def millimetres(text: str) -> float:
 
 
 def path(text: str) -> Path:
-    """A path, which may not be empty."""
+    """A path that is not empty."""
     if not text or "\0" in text:
         raise wrong(text, "a path")
     return Path(text)
 
 
 def words(text: str) -> str:
-    """A text, which may not be empty."""
+    """A string that is not empty."""
     if not text.strip():
         raise wrong(text, "a name or value; it is empty")
     return text
@@ -72,12 +72,12 @@ def share(text: str) -> float:
 
 
 def prompt_mode(text: str) -> int | str:
-    """A key of PROMPT_MODES or MIXED; anything else as it is, for argparse to refuse."""
+    """A key of PROMPT_MODES or MIXED; other values are unchanged, for argparse to refuse."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 3 else text
 
 
 def jitter(text: str) -> str:
-    """`N` pixels or `N%` of the image's side, less than the whole image; kept as text."""
+    """`N` pixels or `N%` of the image's side, less than 100%; kept as a string."""
     if not 0 <= as_float(text.removesuffix("%")) < (100 if text.endswith("%") else math.inf):
         raise wrong(text, "a number of pixels like 4, or a percentage like 2% below 100%")
     return text
@@ -90,7 +90,7 @@ def jitter_pixels(text: str, img_size: int) -> float:
 
 
 def class_weights(text: str) -> str:
-    """`none`, `balanced` or numbers separated by commas; kept as text."""
+    """`none`, `balanced` or numbers separated by commas; kept as a string."""
     numbers = [] if text in ("none", "balanced") else text.split(",")
     if not all(0 <= as_float(number) < math.inf for number in numbers):
         raise wrong(text, "none, balanced or numbers like 1,2,4")
@@ -98,7 +98,7 @@ def class_weights(text: str) -> str:
 
 
 def address(text: str) -> tuple[str, int]:
-    """PORT on this machine alone, or HOST:PORT."""
+    """PORT on 127.0.0.1, or HOST:PORT."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
         raise wrong(text, "PORT or HOST:PORT, with a port from 1 to 65535")
@@ -106,7 +106,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def orientation(text: str) -> str:
-    """Three letters, one of each pair of R and L, A and P, S and I."""
+    """Three letters, one each of R/L, A/P and S/I."""
     letters = text.upper()
     pairs = sorted("RAS"["RLAPSI".index(c) // 2] for c in letters if c in "RLAPSI")
     if len(letters) != 3 or pairs != ["A", "R", "S"]:
@@ -115,7 +115,7 @@ def orientation(text: str) -> str:
 
 
 def as_float(text: str) -> float:
-    """`text` as a number; NaN where it is none."""
+    """`text` as a number; NaN if it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -123,6 +123,6 @@ def as_float(text: str) -> float:
 
 
 def wrong(text: str, expected: str) -> argparse.ArgumentTypeError:
-    """The error that says that `text` is not what was expected; long texts are cut."""
+    """The error for a `text` that is not as expected; long texts are shortened."""
     shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
     return argparse.ArgumentTypeError(f"{shown!r} is not {expected}")

@@ -77,7 +77,7 @@ def score_case(
 
 
 def _boxes(part: Part, num_classes: int) -> list[tuple[slice, ...] | None]:
-    """By label, the box around all its voxels, predicted or true; None without any."""
+    """The bounding box of each label's voxels, predicted or true; None if it has none."""
     found = [ndimage.find_objects(labels, num_classes - 1) for labels in part[:2]]
     boxes: list[tuple[slice, ...] | None] = [None]
     for both in zip(*found, strict=True):
@@ -135,7 +135,7 @@ def score_class(
 def _counted(
     masks: Sequence[tuple[np.ndarray, np.ndarray, Sequence[float]]], in_mm: bool
 ) -> tuple[list[int], list[float], list[int]]:
-    """Voxels in both, predicted, true; volumes predicted, true; lesions true, found, false."""
+    """Voxels (both, predicted, true), volumes (predicted, true) and lesions (see `_lesions`)."""
     sizes, volumes, lesions = np.zeros(3, int), np.zeros(2), np.zeros(3, int)
     for prediction, truth, spacing in masks:
         both = prediction & truth
@@ -147,7 +147,7 @@ def _counted(
 
 
 def _lesions(prediction: np.ndarray, truth: np.ndarray, both: np.ndarray) -> tuple[int, int, int]:
-    """Connected pieces of the truth, those of them with a predicted voxel, false ones."""
+    """Numbers of lesions in the truth, of those with a predicted voxel, and of false ones."""
     pieces, number = ndimage.label(truth, TOUCHING)
     wrong, predicted = ndimage.label(prediction, TOUCHING)
     return number, len(np.unique(pieces[both])), predicted - len(np.unique(wrong[both]))

@@ -32,7 +32,7 @@ Spacing = tuple[float, float, float]
 
 
 class Worst(NamedTuple):
-    """A case's mean Dice and its slice with most wrong pixels."""
+    """A case's mean Dice and its slice with the most wrong pixels."""
 
     dice: float
     case: str
@@ -56,7 +56,7 @@ class CaseScores:
 
 
 def known_spacings(data: SliceDataset, given: Spacing | None) -> list[Spacing] | None:
-    """The spacing (z, y, x) in mm of each of the store's cases; None where none used has one.
+    """The spacing (z, y, x) in mm of each case in the store; None if no evaluated case has one.
 
     given: in place of what the store does not say. Raises ValueError where it says it for all, or
     where it says it for some only and none is given.

@@ -1,4 +1,4 @@
-"""Does a checkpoint fit the data it is evaluated on: its classes, their preparation, its cases."""
+"""Checks that a checkpoint suits the evaluation data: classes, preparation and cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Checkpoint = tuple[Path, Mapping[str, Any]]  # where it lies, and its content
 
 
 class HeldOut(NamedTuple):
-    """Which of the evaluated cases a checkpoint has used: to be trained, to choose its epoch."""
+    """The evaluated cases that a checkpoint was trained on, and those that chose its epoch."""
 
     trained_on: list[str]
     chosen_by: list[str]
@@ -52,7 +52,7 @@ def held_out(saved: Mapping[str, Any], digests: Mapping[str, str]) -> HeldOut | 
 
 
 def any_record(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether a checkpoint records its cases, so that digests are worth reading."""
+    """Whether a checkpoint records its cases; if not, digests need not be computed."""
     return any(content["data"].get(CASES) for _, content in checkpoints)
 
 

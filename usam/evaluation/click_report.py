@@ -40,7 +40,7 @@ def write_report(
     failed: Sequence[Item],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Save clicks.csv, metrics.json and clicks.png into `folder`; the content of metrics.json.
+    """Save clicks.csv, metrics.json, clicks.png in `folder`; returns the content of metrics.json.
 
     scores (objects, clicks, 2) of `evaluate_objects`; facts: what was evaluated and how.
     """

@@ -156,7 +156,7 @@ def object_nsd(found: np.ndarray, truth: np.ndarray, spacing: float) -> float:
 def simulated_clicks(
     cache: EmbeddingCache, truth: np.ndarray, generator: torch.Generator | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Number of clicks so far and logits (X, Y, Z) of the whole volume, 10 times.
+    """Yields the number of clicks and the logits (X, Y, Z) of the whole volume, 10 times.
 
     truth (X, Y, Z) bool. With a generator a click is any wrong voxel, without one the middle of
     the largest error. Raises ValueError for an object without a voxel.

@@ -80,7 +80,7 @@ def merged(folders: Sequence[Path], seed: int) -> CaseReport:
 
 
 def check_output(folders: Sequence[Path], output: Path) -> None:
-    """Raises ValueError where `output` is one of `folders`: what is merged would be overwritten."""
+    """Raises ValueError if `output` is one of `folders`, whose report would be overwritten."""
     for folder in folders:
         if folder.resolve() == output.resolve():
             raise ValueError(
@@ -90,7 +90,7 @@ def check_output(folders: Sequence[Path], output: Path) -> None:
 
 
 def read_evaluated(folder: Path) -> Evaluated:
-    """The content of an --eval folder; FileNotFoundError or ValueError where it is incomplete."""
+    """The content of an --eval folder; FileNotFoundError or ValueError if it is incomplete."""
     table = folder / "report" / "cases.csv"
     for path in (folder / "metrics.json", table):
         if not path.is_file():
@@ -122,7 +122,7 @@ def _row(line: Mapping[str, str]) -> Row:
 
 
 def check_parts(parts: Sequence[Evaluated]) -> dict[str, str]:
-    """The folder of each case; raises ValueError where `parts` cannot be merged."""
+    """The folder of each case; raises ValueError if `parts` cannot be merged."""
     first, sources = parts[0], {}
     for part in parts:
         for what, ours, theirs in (
@@ -145,7 +145,7 @@ def check_parts(parts: Sequence[Evaluated]) -> dict[str, str]:
 
 
 def joined_facts(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The facts of all parts: numbers of slices and cases added, other values listed."""
+    """The facts of all parts together: numbers of slices and cases summed, other values listed."""
     names = ("checkpoint", "dataset", "split", "slices", "cases", "prompts", "views")
     found: dict[str, Any] = {}
     for name in names:
@@ -169,7 +169,7 @@ def worst_of(parts: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 
 def folder_table(parts: Sequence[Evaluated], in_mm: bool, seed: int) -> Table:
-    """Head and rows: each folder's means over its cases, then mean and deviation over folders."""
+    """Table header and rows: each folder's means over cases, then mean and SD over folders."""
     head = ["folder", "cases", *(title_of(metric, in_mm) for metric in SHOWN)]
     rows, means = [], []
     for part in parts:

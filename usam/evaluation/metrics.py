@@ -1,4 +1,4 @@
-"""Dice and IoU: of two objects, and of label maps pooled over a whole set as integer counts."""
+"""Dice and IoU of two objects, and of label maps pooled over a whole data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def overlap(shared: Any, predicted: Any, true: Any) -> tuple[Any, Any]:
-    """Dice and IoU of two objects from their voxels in both, predicted and true.
+    """Dice and IoU of two objects from their numbers of common, predicted and true voxels.
 
     Numbers, or tensors of them. At least one of the objects must have a voxel.
     """
@@ -99,7 +99,7 @@ class ClassCounts:
 
 
 def distinct(class_names: Sequence[str]) -> list[str]:
-    """The class names, each that comes twice with its class id, so that no score is lost."""
+    """The class names; repeated names get their class id, so that no score is lost."""
     return [
         f"{name} (class {number})" if class_names.count(name) > 1 else name
         for number, name in enumerate(class_names)
@@ -107,7 +107,7 @@ def distinct(class_names: Sequence[str]) -> list[str]:
 
 
 def rank_score(score: float | None) -> float:
-    """The score as a number to compare by: None and NaN rank below every finite number."""
+    """A score as a number for comparisons: None and NaN rank below every finite number."""
     return -math.inf if score is None or math.isnan(score) else float(score)
 
 

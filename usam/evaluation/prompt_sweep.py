@@ -81,7 +81,7 @@ def move_prompts(
 
 
 def sweep_table(found: Sequence[Swept], classes: Sequence[str]) -> Table:
-    """Head and rows: source of the prompts, Dice of each class and means, of all pixels."""
+    """Table header and rows: source of the prompts, Dice over all pixels by class, and means."""
     head = ["prompts", *(f"Dice, {name}" for name in classes[1:]), f"Dice, {MEAN}", f"IoU, {MEAN}"]
     rows = []
     for one in found:

@@ -36,7 +36,7 @@ COLUMNS = ("case", "slices", "class", "empty", *METRICS, *LESIONS, *VOLUMES)
 
 
 def save_report(folder: Path, report: CaseReport, more: Mapping[str, Any] | None = None) -> str:
-    """Print the scores and write report/ and, last, metrics.json; lines that name the files.
+    """Print the scores, write report/ and, last, metrics.json; returns lines naming the files.
 
     more: further keys of metrics.json, which also holds the digest of report/cases.csv: after an
     interruption between the two, --merge refuses the folder.
@@ -59,7 +59,7 @@ def write_scores(
     facts: Mapping[str, Any],
     more: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Print the scores of `counts` and save them with `facts` as metrics.json; the file's path.
+    """Print the scores of `counts`, save them with `facts` as metrics.json; returns its path.
 
     facts: what was evaluated, on what and with which prompts. The scores of the published
     protocol, which leaves out slices without any true foreground, stand beside those of all
@@ -90,7 +90,7 @@ def write_scores(
 
 
 def write_report(folder: Path, report: CaseReport) -> Path:
-    """Write cases.csv, classes.md, boxes.png, worst/*.png and report.html; the page's path."""
+    """Write cases.csv, classes.md, boxes.png, worst/*.png, report.html; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = cases_csv(report)
     write_text(folder / "cases.csv", cases)
@@ -110,12 +110,12 @@ def write_report(folder: Path, report: CaseReport) -> Path:
 
 
 def worst_file(place: int, case: str) -> str:
-    """The name of the picture of the case in this place among the worst, from 1."""
+    """File name of the picture of the case with this rank among the worst, from 1."""
     return re.sub(r"[^\w.-]", "_", f"{place}_{case}") + ".png"  # a case may have any name
 
 
 def cases_csv(report: CaseReport) -> str:
-    """A line for each case and class, scores with all their digits, empty where there is none."""
+    """One line per case and class; scores in full precision, empty if undefined."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*(["from"] if report.sources else []), *COLUMNS, "unit"])
@@ -129,7 +129,7 @@ def cases_csv(report: CaseReport) -> str:
 
 
 def markdown(report: CaseReport) -> str:
-    """classes.md: what was evaluated, classes by metric, then each class in full, and the rules."""
+    """classes.md: what was evaluated, classes by metric, each class in full, definitions."""
     facts = [f"- {name}: {printable(value)}" for name, value in report.facts.items()]
     pooled = report.counts.summary(report.classes)
     notes = ["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []
@@ -145,7 +145,7 @@ def markdown(report: CaseReport) -> str:
 
 
 def web_page(report: CaseReport, cases: str, boxes: bytes) -> str:
-    """report.html: all of the report in one file, without scripts and links to others."""
+    """report.html: the whole report in one file, without scripts or external links."""
     worst = report.cases.worst
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(

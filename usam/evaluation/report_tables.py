@@ -1,4 +1,4 @@
-"""The tables, rules and titles of a report: what the page, classes.md and the terminal show."""
+"""Tables, definitions and titles of a report, for the page, classes.md and the terminal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CaseReport:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The keys of metrics.json beside the pooled scores; --merge reads them again."""
+        """The keys of metrics.json besides the pooled scores; --merge reads them."""
         worst = [{key: one[key] for key in ("case", "slice", "dice")} for one in self.cases.worst]
         unit = unit_of(self.cases.in_mm)
         return {
@@ -150,7 +150,7 @@ def details(report: CaseReport, name: str) -> Table:
 
 
 def pooled_table(summary: Mapping[str, Any]) -> Table:
-    """Dice and IoU of all pixels of all slices, of a summary of `ClassCounts`."""
+    """Table of Dice and IoU over all pixels of all slices, from a summary of `ClassCounts`."""
     rows = [
         [printable(name), number(dice), number(summary["iou"][name])]
         for name, dice in summary["dice"].items()

@@ -94,7 +94,7 @@ def check_fit(
 
 
 def facts_of(args: Namespace, data: SliceDataset) -> dict[str, Any]:
-    """What was evaluated and how, by name."""
+    """Facts on what was evaluated and how."""
     split = "test" if args.fold is None else f"fold {args.fold}"
     return answers_text(args) | {
         "dataset": args.dataset, "split": split, "slices": len(data), "cases": len(data.case_ids),
@@ -120,7 +120,7 @@ def draw_overlays(
     colors: list[str],
     transpose: bool,
 ) -> list[Path]:
-    """One picture a slice: image with its prompts, truth, prediction; the files' paths.
+    """Save one picture per slice: image with prompts, truth, prediction; returns the paths.
 
     shown: batches of one slice from `predictions`. `transpose` turns data upright
     that is stored on its side. Pictures of an earlier evaluation in `folder` are removed.

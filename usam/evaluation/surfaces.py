@@ -20,7 +20,7 @@ Surfaces = dict[str, np.ndarray]
 
 
 def surface_distances(parts: Sequence[Part], *, flat: bool = False) -> Surfaces:
-    """The surface elements of one object in one or several volumes that are far from each other.
+    """The surface elements of one object in one or several separate volumes.
 
     parts: (prediction, truth, spacing): bool arrays of one size and the size of a voxel along
     their axes; what is outside of an array is empty. flat: the volumes are single slices

@@ -1,4 +1,4 @@
-"""Many answers averaged into one: of several models, and of an image turned and flipped.
+"""Averages predictions of several models and of rotated and flipped views of an image.
 
 u-sam.py puts it in a model's place for --resume A B C and --tta; engine and predict see no other.
 """
@@ -23,7 +23,7 @@ assert tuple(VIEWS)[1:] == TTA
 
 
 class Averaged(nn.Module):
-    """A model that answers with the mean of the class probabilities of several, over all views.
+    """A model that averages the class probabilities of several models over all views.
 
     members: (model, whether it wants points as (row, column)); all see images of one size. tta: a
     key of VIEWS. Gives log probabilities (N, C, H, W) in place of logits, float32. Prompts are
@@ -79,7 +79,7 @@ def turned(image: Tensor, view: View) -> Tensor:
 
 
 def turned_back(image: Tensor, view: View) -> Tensor:
-    """What `turned` was given, from its view."""
+    """The images that `turned` was given, from their view."""
     turns, mirrored = view
     upright = torch.rot90(image, -turns, (-2, -1))
     return upright.flip(-1) if mirrored else upright
@@ -88,7 +88,7 @@ def turned_back(image: Tensor, view: View) -> Tensor:
 def turned_prompts(
     points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, view: View, side: int
 ) -> dict[str, Any]:
-    """Points ((N, P, 2) pixels (x, y), labels) and boxes (N, 4) where the view shows them.
+    """Points ((N, P, 2) pixels (x, y), labels) and boxes (N, 4) in the view's coordinates.
 
     Pixel 0 becomes pixel side - 1; a box keeps its corners in order.
     """

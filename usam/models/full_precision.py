@@ -1,4 +1,4 @@
-"""Where computing in half precision is not exact enough: autocast switched off.
+"""Switches autocast off where half precision is not exact enough.
 
 The prompt encoders and SAM-Med3D's position terms compute under it.
 """
@@ -11,7 +11,7 @@ import torch
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast on `device`; on "meta", which has shapes only, there is none."""
+    """Context manager that disables autocast on `device`; "meta", which has no data, has none."""
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA) of the queries and values of SAM's encoder, as SAMed lays it out.
+"""Low-rank adaptation (LoRA) of the queries and values of SAM's encoder, as in SAMed.
 
 usam.model puts it into an encoder; u-sam.py folds it into the weights to evaluate and to predict.
 """
@@ -49,7 +49,7 @@ class QueryValueLora(nn.Module):
 
 
 def add_lora(encoder: nn.Module) -> None:
-    """Give each attention in `encoder` a LoRA; all else in it, the neck as well, is frozen."""
+    """Add LoRA to each attention in `encoder` and freeze everything else in it, also the neck."""
     encoder.requires_grad_(False)
     for attention in encoder.attentions:
         attention.lora = QueryValueLora(attention.qkv.in_features)
@@ -61,13 +61,13 @@ def is_lora(name: str) -> bool:
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
-    """The rank of LoRA tensors under our names, (rank, C) for a_*; None where none has it."""
+    """The rank of the LoRA tensors under our names, where a_* is (rank, C); None without any."""
     ranks = (len(v) for n, v in tensors.items() if ".lora.a_" in n and v.dim() == 2)
     return next(ranks, None)
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without LoRA that compute the same: its products added to the fused projections.
+    """Weights with LoRA merged into the fused projections; the model computes the same.
 
     `state` itself is left alone; without LoRA in it, it comes back as it is.
     """
@@ -87,7 +87,7 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_samed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LoRA's tensors in `state` under SAMed's names: w_a_000 the first block's q, w_a_001 its v.
+    """LoRA tensors of `state` under SAMed's names: w_a_000 is the first block's q, w_a_001 its v.
 
     Raises ValueError if there are none.
     """
@@ -104,7 +104,7 @@ def to_samed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_samed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """SAMed's LoRA tensors by our names, those of an encoder whose names start with `prefix`."""
+    """SAMed's LoRA tensors under our names, which start with `prefix`."""
     found = [(m, value) for name, value in tensors.items() if (m := SAMED_NAME.fullmatch(name))]
     return {
         f"{prefix}blocks.{int(match[2]) // 2}.attn.lora.{match[1]}_{'qv'[int(match[2]) % 2]}": value

@@ -32,14 +32,14 @@ def prompts_from_masks(
 
 
 def mixed_mode(generator: torch.Generator) -> int:
-    """A key of PROMPT_MODES, each as likely: how `--prompt_mode mixed` prompts a step."""
+    """A random key of PROMPT_MODES, all equally likely, for a step of `--prompt_mode mixed`."""
     return int(torch.randint(len(PROMPT_MODES), (), generator=generator))
 
 
 def jittered(
     prompts: dict[str, Any], pixels: float, img_size: int, generator: torch.Generator
 ) -> dict[str, Any]:
-    """`prompts` as a user sets them: each coordinate off by up to `pixels` either way, uniformly.
+    """`prompts` with each coordinate shifted uniformly at random by up to `pixels` either way.
 
     prompts: keyword arguments of the model, as `prompts_from_masks` gives them; generator: a CPU
     one. Points stay in the image and keep their labels even where they leave their object; points
@@ -128,7 +128,7 @@ def points_from_masks(
 def next_clicks(
     logits: Tensor, mask: Tensor, generator: torch.Generator, *, threshold: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The next click of a simulated user, one a sample: coords (N, 1, 3), labels (N, 1).
+    """The next click of a simulated user, one per sample: coords (N, 1, 3), labels (N, 1).
 
     logits (N, 1, D, H, W) float, the previous prediction, object above `threshold` (all zero
     before the first click); mask (N, 1, D, H, W) or (N, D, H, W), object above 0.
@@ -146,7 +146,7 @@ def next_clicks(
 def largest_error_click(
     logits: Tensor, mask: Tensor, *, threshold: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The click of a user who corrects the largest error at its centre; no randomness.
+    """The click of a simulated user at the centre of the largest error; not random.
 
     Arguments and results as in `next_clicks`. Errors are ranked as in Sofiiuk et al. 2021
     (RITM): the click is the voxel of the missed or of the added region that lies deepest in it,
@@ -187,7 +187,7 @@ def _first_and_last(line: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw_ranks(count: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """`number` random integers in [0, count) a row, for count (M, 1) long; 0 where it is 0."""
+    """`number` random integers in [0, count) per row, for count (M, 1) long; 0 if count is 0."""
     # Integers this large make the bias of the remainder vanish and are exact on every device.
     keys = torch.randint(2**62, (count.shape[0], number), generator=generator)
     return _to_device(keys, count.device) % count.clamp(min=1)
@@ -228,5 +228,5 @@ def _squared_depth(region: Tensor) -> Tensor:
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """CPU values on the device, without waiting where that is safe (CUDA stages the copy)."""
+    """CPU values copied to the device, without waiting if that is safe (CUDA stages the copy)."""
     return values.to(device, non_blocking=device.type == "cuda")

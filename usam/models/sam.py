@@ -1,4 +1,4 @@
-"""SAM as its authors trained it: one object from points or a box, with a guess of its quality.
+"""The original SAM: one object from points or a box, with a predicted quality.
 
 U-SAM is built of the same parts; this is for files that have seen no training here.
 """
@@ -14,7 +14,7 @@ from usam.models.tiny_vit import TinyVit
 
 
 class Sam(nn.Module):
-    """SAM with all four masks and its quality head; names and numbers are the published ones.
+    """SAM with all four masks and its quality head; parameter names and outputs are as published.
 
     sam_model: of SAM_MODELS. img_size: the side of its input. stride: of vit_t's embedding.
     preparation: of PREPARATIONS, the scale that its weights were trained with.
@@ -59,7 +59,7 @@ class Sam(nn.Module):
         points: tuple[Tensor, Tensor] | None = None,
         box: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (S, S) of the object of one image, and SAM's guess of its quality, a scalar.
+        """Logits (S, S) of the object in one image, and its quality as predicted by SAM, a scalar.
 
         embedding (1, 256, g, g); points: coordinates (P, 2) pixels (x, y) of the S x S input and
         labels (P,), 1 object or 0 not; box (4,) pixels (x1, y1, x2, y2). A single point may mean

@@ -1,4 +1,4 @@
-"""U-SAM's prompt encoder and mask decoders, on `segment_anything`'s own.
+"""U-SAM's prompt encoder and mask decoders, built on those of `segment_anything`.
 
 usam.model joins them to the image encoder; names are those of the published code.
 """
@@ -22,7 +22,7 @@ MAP_WIDTH = 32  # channels of the maps that the mask tokens weigh
 
 
 class PromptEncoder(SamPromptEncoder):
-    """SAM's prompt encoder for points and boxes, in float32, without a wait for the device.
+    """SAM's prompt encoder for points and boxes, in float32, without waiting for the device.
 
     Mask prompts are left out. The embedding of negative points (label 0) is never trained by
     U-SAM, so it is frozen; SAM's value serves where negative points are given.
@@ -62,7 +62,7 @@ class PromptEncoder(SamPromptEncoder):
 
 
 class TokenDecoder(nn.Module):
-    """What both decoders are made of: mask tokens, the two-way transformer, an MLP a token."""
+    """The parts of both decoders: mask tokens, the two-way transformer, one MLP per token."""
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class MaskDecoder(TokenDecoder):
 
 
 class SamMaskDecoder(TokenDecoder):
-    """SAM's own mask decoder with a mask token a class: logits (N, num_classes, H, W), float32.
+    """SAM's own mask decoder, one mask token per class: logits (N, num_classes, H, W), float32.
 
     Token 0, which in SAM gives the one mask, stands for the background, the next for the classes:
     SAMed's order, in which SAM's weights serve up to four classes. Two transposed convolutions

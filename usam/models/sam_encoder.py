@@ -1,4 +1,4 @@
-"""SAM's ViT image encoder with exact attention that holds no padded token and no N x N bias.
+"""SAM's ViT image encoder; its exact attention stores neither padded tokens nor an N x N bias.
 
 usam.model builds it; parameter names and numbers are those of `segment_anything`'s own encoder.
 """
@@ -131,7 +131,7 @@ class SamAttention(Attention):
         return out.transpose(1, 2).reshape(B, n, n, -1)
 
     def relative_terms(self, q: Tensor) -> Tensor:
-        """What each query adds by row, by column and, for a larger window, for the virtual key.
+        """Relative position terms by row, column and, in a larger window, for the virtual key.
 
         q (B, heads, n, n, C / heads), unscaled as SAM has it.
         """

@@ -106,7 +106,7 @@ class PromptEncoder3d(nn.Module):
         self.no_mask_embed = nn.Embedding(1, dim)
 
     def sparse(self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None) -> Tensor | None:
-        """One token a click and two a box; clicks without a box are followed by a padding token.
+        """One token per click, two per box; clicks without a box are followed by a padding token.
 
         points (coords (N, P, 3) voxels, labels (N, P)), boxes (N, 2, 3) voxels: first and last
         corner. Returns (N, tokens, dim), or None without either.
@@ -204,7 +204,7 @@ class SamMed3d(nn.Module):
         self.freeze_untrained()
 
     def freeze_untrained(self) -> None:
-        """Fix what the click rounds give no gradient, as published training left it too.
+        """Freeze what gets no gradient from the click rounds, as in published training.
 
         These are the IoU head, the other masks' hypernetworks, the embedding of no mask (a round
         always has one) and a box's corners. All else gets a gradient in every step, on every rank.
@@ -308,7 +308,7 @@ def rounds_without_click(num_rounds: int, generator: torch.Generator) -> set[int
 def build_sam_med3d(
     sam_model: str = "vit_b_ori", rel_pos: str = "published", num_point_embeddings: int = 2
 ) -> SamMed3d:
-    """A SAM-Med3D network with fresh weights; `vit_b_ori` has the published names and shapes.
+    """A randomly initialised SAM-Med3D; `vit_b_ori` has the published names and shapes.
 
     rel_pos "published" reads relative positions and the decoder's axes as the published code
     does, which its weights need; "corrected" reads both as intended, for training from scratch,

@@ -42,7 +42,7 @@ def offset_table(rel_pos: Tensor) -> Tensor:
 
 
 def published_terms(q: Tensor, bias_q: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-    """Position logits as the published code indexes them, and the weights were trained with.
+    """Position logits indexed as in the published code, with which the weights were trained.
 
     q (N, heads, d, h, w, c) unscaled queries of a window's real tokens, bias_q (heads, c) the
     query of a padded token, tables as from `offset_table`, first row for the first query. Of the
@@ -105,7 +105,7 @@ def corrected_terms(q: Tensor, bias_q: Tensor, tables: Sequence[Tensor]) -> list
 
 
 def corrected_bias(terms: Sequence[Tensor], extent: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """As `published_bias`, for the terms of `corrected_terms`."""
+    """Like `published_bias`, for the terms of `corrected_terms`."""
     size = terms[0].shape[-1]
     real = [term[..., :n] for term, n in zip(terms, extent, strict=True)]
     logits = real[0][..., :, None, None] + real[1][..., None, :, None] + real[2][..., None, None, :]
@@ -178,7 +178,7 @@ def position_bias(
 
 
 def axis_parts(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Cut an axis into its whole windows and the remainder: (start, tokens a window, windows)."""
+    """Split an axis into whole windows and the remainder: (start, tokens per window, windows)."""
     whole, rest = divmod(length, window)
     parts = [(0, window, whole)] if whole else []
     return [*parts, (whole * window, rest, 1)] if rest else parts
@@ -243,7 +243,7 @@ class Block3d(nn.Module):
 
 
 class PatchEmbed3d(nn.Module):
-    """Tokens (N, D/p, H/p, W/p, C) of a volume (N, 1, D, H, W), one a patch of p^3 voxels."""
+    """Tokens (N, D/p, H/p, W/p, C) of a volume (N, 1, D, H, W), one per patch of p^3 voxels."""
 
     def __init__(self, dim: int, patch: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How large a model is: its parameters by part, and the arithmetic of one forward pass.
+"""The size of a model: parameters by part, and multiply-accumulates of one forward pass.
 
 u-sam.py prints both when a run starts.
 """

@@ -1,4 +1,4 @@
-"""SAM's image encoder as a TinyViT: convolutions, then attention in windows; names of MobileSAM.
+"""SAM's image encoder as a TinyViT: convolutions, then windowed attention; MobileSAM's names.
 
 The encoder of LiteMedSAM (`stride` 4) and of MobileSAM (`stride` 16).
 Source: Wu et al. 2022 (TinyViT); Zhang et al. 2023 (MobileSAM); Ma et al. 2024 (MedSAM).
@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
 
 
 class InvertedBottleneck(nn.Module):
-    """MBConv: widened, a 3x3 convolution of each channel, narrowed, added to the input."""
+    """MBConv: expansion, depthwise 3x3 convolution, projection, and a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class Merge(nn.Module):
-    """Between two stages: (N, C, H, W) -> (N, C_out, H / stride, W / stride)."""
+    """Downsampling between two stages: (N, C, H, W) -> (N, C_out, H / stride, W / stride)."""
 
     def __init__(self, width: int, out_width: int, stride: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class FeedForward(nn.Module):
 
 
 class TinyVitBlock(nn.Module):
-    """Attention in windows, a 3x3 convolution of each channel, an MLP: (N, C, H, W) -> same.
+    """Windowed attention, a depthwise 3x3 convolution and an MLP: (N, C, H, W) -> the same.
 
     As published, a grid that is no multiple of the window is padded with zeros before the norm,
     and the padding takes part in the attention.
@@ -149,7 +149,7 @@ class TinyVitBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, then, except in the last stage, the merge that leads to the next."""
+    """Blocks of one width, followed by downsampling except in the last stage."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class TinyVit(nn.Module):
         return [block.attn for layer in list(self.layers)[1:] for block in layer.blocks]
 
     def train(self, mode: bool = True) -> TinyVit:
-        """Switch to training; BatchNorm stays as it is where its weights are frozen."""
+        """Switch to training mode; BatchNorm layers with frozen weights stay in evaluation mode."""
         frozen = not self.neck[0].weight.requires_grad
         return super().train(mode and not frozen)
 

@@ -1,4 +1,4 @@
-"""How SAM's two-way transformer starts without trained weights.
+"""Initialisation of SAM's two-way transformer for training without pretrained weights.
 
 usam.weights and usam.models.sam_med3d start the decoders of both models so.
 """
@@ -11,7 +11,7 @@ from segment_anything.modeling import TwoWayTransformer
 
 @torch.no_grad()
 def meet_at_positions(transformer: TwoWayTransformer, scale: float = 2.0) -> None:
-    """Start tokens and places with attention to each other where their positions agree.
+    """Initialise attention between tokens and image so that equal positions attend to each other.
 
     Queries and keys begin as one projection, so that a prompt's encoding meets that of its place;
     `scale` sharpens it. From independent projections the network long finds objects by other

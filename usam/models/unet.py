@@ -13,7 +13,7 @@ SKIP_WIDTHS = (32, 64, 128, 256)  # channels at 1/1, 1/2, 1/4, 1/8
 
 
 def conv_norm_relu(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Convolution, BatchNorm and ReLU, the image read and written once where nothing is trained.
+    """Convolution, BatchNorm and ReLU, in a single pass over the image when nothing is trained.
 
     The fixed scale and shift of BatchNorm then go into the convolution's small weights (torch's
     fuse_conv_bn_weights makes Parameters, which would break the graph of torch.compile).
@@ -39,7 +39,7 @@ class ConvNormReLU(nn.Module):
 
 
 def two_convolutions(in_channels: int, out_channels: int) -> nn.Sequential:
-    """The pair of convolutions that each level has."""
+    """The two convolutions of each level."""
     return nn.Sequential(
         ConvNormReLU(in_channels, out_channels), ConvNormReLU(out_channels, out_channels)
     )

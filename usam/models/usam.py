@@ -97,7 +97,7 @@ class USam(nn.Module):
 
     @property
     def encodes_the_image(self) -> bool:
-        """Whether SAM's encoder sees the image itself, not what the down path makes of it."""
+        """Whether SAM's encoder sees the image itself rather than the output of the down path."""
         return self.adapter == "none" or self.sam_model == "vit_t"
 
     def embed(self, image: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class USam(nn.Module):
     def check_input(
         self, image: Tensor, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None
     ) -> None:
-        """Raises ValueError where image and prompts do not fit this model or each other."""
+        """Raises ValueError if image and prompts do not fit this model or each other."""
         side = self.img_size
         if image.dim() != 4 or image.shape[1] not in (1, 3) or image.shape[2:] != (side, side):
             wanted, found = f"(N, 1 or 3, {side}, {side})", tuple(image.shape)
@@ -122,7 +122,7 @@ class USam(nn.Module):
                 raise ValueError(f"{name} are for {len(prompt)} images, the batch has {len(image)}")
 
     def normalise(self, image: Tensor) -> Tensor:
-        """(N, 1 or 3, H, W) in [0, 1] -> (N, 3, H, W) of the published mean and deviation."""
+        """(N, 1 or 3, H, W) in [0, 1] -> (N, 3, H, W), normalised by the published mean and SD."""
         image = ((image - IMAGE_MEAN) / IMAGE_STD).expand(-1, 3, -1, -1)
         return image.contiguous(memory_format=torch.channels_last)
 

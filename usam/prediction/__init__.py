@@ -1,1 +1,1 @@
-"""Segmenting scans: prompts a user gives, windows over volumes, and the files that are written."""
+"""Segmenting scans: user prompts, windows over volumes, and output files."""

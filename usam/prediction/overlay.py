@@ -38,7 +38,7 @@ class Panel:
 
 
 def spread_slices(foreground: np.ndarray, wanted: Sequence[int] = ()) -> list[int]:
-    """Numbers of the slices to draw, in order: those `wanted`, then the others by foreground.
+    """Sorted indices of the slices to draw: those `wanted`, and others with much foreground.
 
     foreground: voxels per slice, (S,). Of each ninth of the slices with foreground, the one with
     most of it, unless it would look like a neighbour already chosen; without any, the middle one.

@@ -1,4 +1,4 @@
-"""Pictures of clicked objects in a volume: axial slices, two other planes through clicks."""
+"""Pictures of clicked objects in a volume: axial slices and two other planes through the clicks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def draw_objects(
 
 
 def upright(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
-    """One slice of a RAS volume (X, Y, Z) as it is looked at, (H, W); a view.
+    """One slice of a RAS volume (X, Y, Z) as it is displayed, (H, W); a view.
 
     Axial: rows to posterior, columns to the patient's left. Coronal: rows to the feet, columns to
     the left. Sagittal: rows to the feet, columns to posterior.
@@ -85,7 +85,7 @@ def _boxes(
 
 
 def _middles(objects: Sequence[MarkedObject], label: np.ndarray) -> list[tuple[int, ...]]:
-    """A voxel in each of the first few objects: its first click, or one of what was found."""
+    """A voxel in each of the first few objects: its first click, or a predicted voxel."""
     middles = []
     for one in objects[:MOST_OBJECTS]:
         inside = [voxel for voxel, sign in one.box_and_clicks if sign == 1]

@@ -1,4 +1,4 @@
-"""SAM's own weights on scans, before any training: boxes and points in, a label map out.
+"""Segments scans with SAM's own weights, without training, from boxes and points.
 
 A 3D box, or boxes on two slices, segments all slices between: the object found on one slice gives
 the box on the next.
@@ -87,7 +87,7 @@ def open_scan(path: Path, args: Namespace) -> ScanSlices:
 
 
 def window_text(scan: ScanSlices) -> str:
-    """The window for the terminal: -160 to 240, or percentile."""
+    """The window as text: -160 to 240, or percentile."""
     if isinstance(scan.window, tuple):
         return f"{scan.window[0]:g} to {scan.window[1]:g}"
     return str(scan.window)
@@ -152,7 +152,7 @@ class SliceSegmenter:
 def segment_objects(
     segmenter: SliceSegmenter, objects: Sequence[SliceObject]
 ) -> tuple[np.ndarray, list[str]]:
-    """The label map in the scan's own axes, uint8, and the names of objects of no pixel.
+    """The label map in the scan's own axes, uint8, and the names of objects without a pixel.
 
     Where objects overlap the higher logit decides.
     """
@@ -237,7 +237,7 @@ def write_results(
     *,
     overlay: bool,
 ) -> str:
-    """Write the label map, its description and, with overlay, a picture; a line on the objects."""
+    """Write label map, description and, with overlay, a picture; returns a line on the objects."""
     voxels = count_voxels(label, 256).tolist()
     rows = [
         {"name": one.name, "label": one.label, "slices": len(one.slices)}

@@ -48,7 +48,7 @@ class ScanPrompts:
 
 @dataclass(frozen=True)
 class ObjectPrompts:
-    """What a user marked of one object, which becomes `label` in the label map.
+    """A user's prompts for one object, which becomes `label` in the label map.
 
     box is in 3D, boxes are on slices as those of ScanPrompts. centre: the middle of the first
     window, where it is not that of the points.
@@ -64,7 +64,7 @@ class ObjectPrompts:
 
 @dataclass(frozen=True)
 class VolumePrompts:
-    """The objects wanted in one scan for SAM-Med3D; mm: points and boxes are in millimetres."""
+    """The objects to segment in a scan with SAM-Med3D; mm: points and boxes are in millimetres."""
 
     objects: tuple[ObjectPrompts, ...]
     mm: bool = False
@@ -184,7 +184,7 @@ def volume_prompts(
 
 
 def read_prompts(path: Path, scans: Sequence[Path]) -> dict[Path, Any]:
-    """The JSON content of a file of prompts for each of `scans` that it has some for.
+    """The content of a prompts file, by scan, for those of `scans` that it has prompts for.
 
     For one scan the file is {"points": [[x, y, z], [x, y, z, label]], "boxes": [{"slice": k,
     "box": [x1, y1, x2, y2]}], "mm": false}, or for SAM-Med3D {"objects": [{"name": "liver",

@@ -1,4 +1,4 @@
-"""The files that a prediction writes for a scan: names, what is replaced, class volumes, JSON.
+"""Output files of a prediction: names, what may be replaced, class volumes, JSON.
 
 Nothing of a patient but the voxels' place goes into any of them.
 """
@@ -38,7 +38,7 @@ class ResultFiles:
 
     @property
     def description(self) -> Path:
-        """What was found and how, JSON."""
+        """The description: what was found and how, JSON."""
         return self.folder / f"{self.name}{'' if self.plain else '_seg'}.json"
 
     @property
@@ -52,7 +52,7 @@ class ResultFiles:
         return self.folder / f"{self.name}_probabilities.nii"
 
     def check(self, scans: Set[Path], *, overwrite: bool) -> None:
-        """Raises ValueError if writing here would replace a file that is not ours to replace.
+        """Raises ValueError if writing here would replace a file that must not be replaced.
 
         That is one of `scans`, resolved paths, in any case; without `overwrite`, any file that no
         earlier prediction wrote and a label map that was edited since.

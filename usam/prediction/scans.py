@@ -83,7 +83,7 @@ def predict_each(
 
 
 def in_one_line(path: Path, error: Exception) -> Exception:
-    """What went wrong with a scan as an error of one line that names the scan."""
+    """The error as one line that names the scan."""
     text = " ".join(str(error).split())[:500]
     if isinstance(error, ValueError | OSError) and text:
         return error if path.name in text else ValueError(f"{path}: {text}")
@@ -97,7 +97,7 @@ def _is_memory(error: Exception) -> bool:
 
 @contextmanager
 def terminated_as_exit() -> Iterator[None]:
-    """A context in which SIGTERM raises SystemExit, so that unfinished files are removed."""
+    """Context manager in which SIGTERM raises SystemExit, so that unfinished files are removed."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)

@@ -45,7 +45,7 @@ class SliceObject:
         return marked if self.span is None else sorted({*marked, *range(*_ends(self.span))})
 
     def chains(self) -> Iterator[tuple[int, list[range]]]:
-        """Each marked slice, with the slices that are reached from it: downwards and upwards.
+        """Each marked slice with the slices to segment from it, downwards and upwards.
 
         Between two boxed slices each reaches half the way.
         """

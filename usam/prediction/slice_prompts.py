@@ -23,7 +23,7 @@ OUTSIDE_CROP = "lies in the rim of the slice that the model never sees"
 
 @dataclass(frozen=True)
 class SlicePrompts:
-    """What U-SAM is given for a scan, in pixels of its input, by slice; None: takes no prompts.
+    """U-SAM's prompts for a scan by slice, in pixels of its input; None: the model takes none.
 
     points: slice -> [(x, y, label), ...]; boxes: slice -> (x1, y1, x2, y2).
     """
@@ -68,7 +68,7 @@ class SlicePrompts:
 
 
 def slice_prompts(prompts: ScanPrompts, mode: int | str, scan: ScanSlices) -> SlicePrompts | None:
-    """A user's prompts as the model of a prompt mode takes them; None for a model without any.
+    """A user's prompts in the form a prompt mode needs; None for a model without prompts.
 
     A model trained with MIXED takes what there is: both kinds, one, or none.
     Raises ValueError where prompts are missing, not of the model's kind, or outside the scan.
@@ -98,7 +98,7 @@ def slice_prompts(prompts: ScanPrompts, mode: int | str, scan: ScanSlices) -> Sl
 
 
 def _mm_affine(header: ScanHeader) -> np.ndarray | None:
-    """(4, 4) voxel index -> RAS mm; None where the scan states no voxel size."""
+    """(4, 4) voxel index -> RAS mm; None if the scan states no voxel size."""
     return header.affine if header.spacing else None
 
 

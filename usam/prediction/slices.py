@@ -1,4 +1,4 @@
-"""U-SAM on scans: slices in batches through the model, the label map in the scan's own geometry.
+"""U-SAM on scans: predicts slices in batches and writes label maps in the scan's own geometry.
 
 Neither logits nor floats of a whole volume are ever held.
 """
@@ -107,7 +107,7 @@ def predict_scan(
     prompts: ScanPrompts,
     facts: Mapping[str, Any],
 ) -> str:
-    """Write the label map, its description and what else was asked for; lines on what was found.
+    """Write the label map, its description and optional files; returns lines on what was found.
 
     Raises ValueError where the prompts do not fit the model or the scan.
     """
@@ -176,7 +176,7 @@ def keep_largest(label: np.ndarray) -> None:
 
 
 def describe(scan: ScanSlices, given: SlicePrompts | None, predictor: Predictor) -> dict[str, Any]:
-    """What the description says of a scan; its file's name, never its folder."""
+    """The description's entries about a scan; its file name, never its folder."""
     header = scan.header
     numbers = slice_numbers(scan)
     return {
@@ -300,7 +300,7 @@ def to_native(logits: Tensor, box: Sequence[int], size: tuple[int, int]) -> Tens
 
 
 def _write_background(scan: ScanSlices, file: ProbabilityFile, numbers: Sequence[int]) -> None:
-    """Certain background in slices that no prompt asks about."""
+    """Write slices without a prompt as background with probability 1."""
     steps = np.zeros((1, file.shape[3], *scan.shape[1:]), dtype=np.uint16)
     steps[:, 0] = STEPS
     for k in numbers:
@@ -315,7 +315,7 @@ def _draw(
     prompts: ScanPrompts,
     name: str,
 ) -> None:
-    """A montage of slices with prompts or foreground, as the model saw them, seen from below."""
+    """A montage of slices with prompts or foreground, as the model saw them, from the feet."""
     marks = marks_on_slices(prompts, scan) if predictor.prompt_mode else {}
     foreground = np.array([np.count_nonzero(plane) for plane in labels])
     is_stored = scan.orientation == "stored"  # slices lie on their side

@@ -32,7 +32,7 @@ class MarkedObject:
 
     @property
     def box_and_clicks(self) -> list[tuple[Voxel, int]]:
-        """All clicks; a box becomes a first one in its centre."""
+        """All clicks; a box becomes a click at its centre, placed first."""
         return [*([(self.box_centre, 1)] if self.box else []), *self.clicks]
 
 

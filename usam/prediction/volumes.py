@@ -1,4 +1,4 @@
-"""SAM-Med3D on scans: a volume and a user's clicks in, one label map with every object out."""
+"""SAM-Med3D on scans: segments a user's objects from clicks into one label map."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def predict(args: Namespace, precision: Precision, saved: dict[str, Any] | None)
 
 
 def intensity_warnings(array: np.ndarray) -> list[str]:
-    """A line if a scan's values are not such as the model was trained on."""
+    """A warning if a scan's values are unlike those the model was trained on."""
     low, high = float(array.min()), float(array.max())
     if low == high:
         return [f"every voxel is {low:g}; nothing to segment"]
@@ -121,7 +121,7 @@ def _first_window(one: MarkedObject, known: Tensor | None, side: int) -> Voxel:
 
 
 def _check(one: MarkedObject, init_mask: np.ndarray | None, num_objects: int) -> None:
-    """Raises ValueError if nothing says where the object is, or if the mask does not have it."""
+    """Raises ValueError if nothing says where the object is, or if the mask lacks it."""
     in_mask = init_mask is not None and bool((init_mask == one.label).any())
     has_prompt = any(sign == 1 for _, sign in one.box_and_clicks)
     if in_mask or (has_prompt and (init_mask is None or num_objects > 1)):
@@ -137,7 +137,7 @@ def _check(one: MarkedObject, init_mask: np.ndarray | None, num_objects: int) ->
 
 
 def _facts(one: MarkedObject, session: Session, init_mask: np.ndarray | None) -> dict[str, Any]:
-    """What the description says of a segmented object."""
+    """The description's entries about a segmented object."""
     facts: dict[str, Any] = {"name": one.name, "label": one.label, "points": len(one.clicks)}
     if one.box:
         facts["box"] = "given to the model" if session.cache.takes_boxes else "centre clicked"
@@ -157,7 +157,7 @@ def write_results(
     facts: Mapping[str, Any],
     drawn: Sequence[MarkedObject],
 ) -> str:
-    """Write the label map, its description and, of the objects `drawn`, a picture; lines on them.
+    """Write label map, description and a picture of the objects `drawn`; returns lines on them.
 
     label (X, Y, Z) at the volume's voxels; rows: see `segment_objects`.
     """
@@ -177,13 +177,13 @@ def write_results(
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """What the terminal says of an object."""
+    """An object's line for the terminal."""
     points, windows = counted(row["points"], "point"), counted(row["windows"], "window")
     return f"{measured_text(row)}, {points}, {windows}"
 
 
 def _warnings(row: Mapping[str, Any]) -> list[str]:
-    """What a user should know of an object, a line each."""
+    """Warnings about an object, one line each."""
     name, lines = printable(row["name"]), []
     if row.get("box") == "centre clicked":
         lines.append(

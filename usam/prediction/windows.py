@@ -1,4 +1,4 @@
-"""One object of a whole volume from clicks: windows around them, more where it reaches further."""
+"""Segments one object of a volume from clicks, in windows around them and beyond as needed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class EmbeddingCache:
 
 
 class Session:
-    """A user clicks on one object; after each click `logits` is the answer for the whole volume.
+    """Interactive segmentation of one object; after each click `logits` covers the whole volume.
 
     As in training, each click adds to those before, and its window sees its own last answer as a
     mask. The windows of clicks are kept. After each click others grow from them: where the object
@@ -121,7 +121,7 @@ class Session:
 
     @property
     def logits(self) -> Tensor:
-        """(X, Y, Z) float32; where no window has looked, the given mask or far below 0."""
+        """(X, Y, Z) float32; outside all windows, the given mask or a value far below 0."""
         return self._logits_in((...,))
 
     def look(self, origin: Voxel) -> None:
@@ -157,12 +157,12 @@ class Session:
             self.grow(self.max_seconds)
 
     def state(self) -> tuple:
-        """What the clicks so far have led to, for `restore`."""
+        """The state after the clicks so far, for `restore`."""
         answers = [(window, window.logits) for window in self._windows]
         return answers, list(self._clicks), self._box, self.stopped_early
 
     def restore(self, state: tuple, *, answer: bool = True) -> None:
-        """Go back to an earlier `state` and answer as then.
+        """Return to an earlier `state`.
 
         answer: False where `logits` are not wanted before the next click.
         """
@@ -181,7 +181,7 @@ class Session:
         return torch.where(weight > 0, total / weight.clamp(min=1e-6), rest)
 
     def _open(self, origin: Voxel) -> Window:
-        """A window whose mask is the part of the given one, or 0 as before the first click."""
+        """A new window; its mask is the part of the given one inside it, or 0."""
         origin = tuple(int(index) for index in origin)
         low = 3 * (self.side // 4,)
         mask = torch.zeros(1, 1, *low, device=self._sum.device)
@@ -220,7 +220,7 @@ class Session:
         window.logits = answer.float()
 
     def grow(self, max_seconds: float = math.inf) -> None:
-        """Answer with the windows of clicks and all that grow from them within `max_seconds`."""
+        """Predict in the windows of clicks and all that grow from them, for up to `max_seconds`."""
         deadline = time.monotonic() + max_seconds
         self._sum.zero_()
         self._weight.zero_()
@@ -253,13 +253,13 @@ class Session:
         self._weight[inside] += self._falling[own]
 
     def _on_grid(self, origin: Voxel) -> Voxel:
-        """`origin` moved to the nearest place a whole number of grid steps from the first."""
+        """`origin` moved to the nearest point of the grid that starts at the first window."""
         step, first = max(self.side // GRID, 1), self._windows[0].origin
         pairs = zip(origin, first, strict=True)
         return tuple(low + round((index - low) / step) * step for index, low in pairs)
 
     def _started(self, window: Window, part: Tensor, inside: tuple[slice, ...]) -> Tensor:
-        """The pieces of `part`, what is found inside a window, that clicks in it or a mask mark.
+        """The components of `part`, a window's prediction, that contain a click or touch the mask.
 
         Only these may go on in other windows: false finds elsewhere would grow without end.
         """
@@ -275,7 +275,7 @@ class Session:
         return torch.from_numpy(np.isin(pieces, list(kept - {0}))).to(part.device)
 
     def _goes_on(self, window: Window) -> Voxel | None:
-        """A voxel on a face of the window that the object may go beyond unseen, else None."""
+        """A voxel where the object may continue beyond the window, unseen by others; else None."""
         inside, _ = overlap(window.origin, self.side, self.cache.shape)
         part = self._started(window, self._logits_in(inside) > THRESHOLD, inside)
         smallest = max(self.side // 32, 1) ** 2  # voxels; fewer are noise
@@ -312,7 +312,7 @@ def deepest_of_pieces(plane: np.ndarray, smallest: int) -> list[tuple[int, int]]
 
 
 def window_weight(side: int, device: torch.device) -> Tensor:
-    """(S, S, S) weight of a window's answers, 1 in the middle half, falling to its faces."""
+    """(S, S, S) weight of a window's logits, 1 in the middle half, falling towards its faces."""
     index = torch.arange(side, device=device)
     line = (torch.minimum(index, side - 1 - index) + 1) / (side // 4)
     line = line.clamp(max=1)

@@ -180,7 +180,7 @@ def _draw_curve(
 
 
 def save_figure(figure: Figure, path: Path | BinaryIO, *, dpi: int) -> None:
-    """Saves a picture to a stream, or whole or not at all to a file."""
+    """Saves a picture to a stream, or atomically to a file."""
     if not isinstance(path, Path):
         figure.savefig(path, dpi=dpi)
         return

@@ -1,4 +1,4 @@
-"""Loaders: how training and evaluation hand out the samples of a data set, in batches."""
+"""DataLoaders for training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ READ_ERRORS = (OSError, ValueError, EOFError)
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers ignore the signals that ask a run to stop, from their start."""
+    """A DataLoader whose workers ignore stop signals from their start."""
 
     def __iter__(self) -> Iterator[Any]:
         with signals_blocked():
@@ -64,7 +64,7 @@ def training_loader(
 
 
 def max_unreadable(num_samples: int) -> int:
-    """How many samples of an epoch and process may be unreadable: 1 %, at least one."""
+    """Number of unreadable samples allowed per epoch and process: 1 %, at least one."""
     return max(1, int(num_samples * UNREADABLE_SHARE))
 
 
@@ -96,7 +96,7 @@ class SkipUnreadable(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> Batch:
-    """A batch of items, with the reasons of those that replace an unreadable one, if any."""
+    """A batch of items, with the error texts of unreadable items that were replaced, if any."""
     reasons = [item[UNREADABLE] for item in items if UNREADABLE in item]
     batch = default_collate(
         [{key: value for key, value in item.items() if key != UNREADABLE} for item in items]

@@ -30,7 +30,7 @@ LOST = re.compile("closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """A context that all processes leave together, or that ends this one when another fails.
+    """Context manager that all processes leave together; ends this process when another fails.
 
     A process that waits for a dead one inside a collective of its device would wait for ever, so
     a separate thread exchanges heartbeats over a gloo group. An exit by SystemExit counts as one
@@ -78,7 +78,7 @@ class PeerWatch(threading.Thread):
 
 
 def end_by(error: BaseException) -> NoReturn:
-    """End this process of several because of `error`; raises it in a run of one process.
+    """End this process because of `error`; in a run of one process, raise it.
 
     The traceback is printed unless the error only says that another process has ended.
     """
@@ -92,7 +92,7 @@ def end_by(error: BaseException) -> NoReturn:
 
 
 def end(code: int) -> NoReturn:
-    """Exit with `code`; one of several processes exits at once after a save in progress.
+    """Exit with `code`; if there are several processes, at once, after any save in progress.
 
     It skips the distributed shutdown, which would wait for the others.
     """

@@ -25,7 +25,7 @@ class Precision:
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A gradient scaler, at work only where float16 needs one."""
+        """A gradient scaler, enabled only for float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 

@@ -40,7 +40,7 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print on the main process, without characters that steer the terminal."""
+    """Print on the main process, with control characters escaped."""
     if is_main():
         print(printable(text, keep="\n\t"), flush=True)
 
@@ -115,7 +115,7 @@ def launched_processes() -> int:
 
 
 def _environment(name: str, default: int | None = None) -> int:
-    """The whole number in an environment variable; ValueError names what else is in it."""
+    """An environment variable as a whole number; ValueError if it is not one."""
     text = os.environ.get(name, "")
     if not text and default is not None:
         return default
@@ -214,7 +214,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def from_main(ask: Callable[[], int]) -> int:
-    """The number that `ask` returns on the main process, sent to all; only that one calls it."""
+    """The number that `ask` returns on the main process, sent to all others."""
     answer = torch.tensor(ask() if is_main() else 0)
     if dist.is_initialized():
         dist.broadcast(answer, src=0)
@@ -240,7 +240,7 @@ def check_same_weights(model: nn.Module, epoch: int) -> None:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A number (int64 scalar, on the tensor's device) that differs for tensors of other bits."""
+    """A checksum of a tensor's bits: an int64 scalar on its device."""
     bits = tensor.contiguous().view(-1).view(torch.uint8)
     if tensor.element_size() % 4 == 0:
         bits = bits.view(torch.int32)

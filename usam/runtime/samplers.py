@@ -1,4 +1,4 @@
-"""Which process works on which samples: batches of training, shares of evaluation."""
+"""Assigns samples to processes, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from usam.runtime.processes import rank, world_size
 
 
 class ClassBalancedSampling(NamedTuple):
-    """Class-balanced sampling: classes of few samples are drawn more often.
+    """Class-balanced sampling: rare classes are drawn more often.
 
     share: fraction of an epoch's samples that is drawn from `groups` instead: a group (of sample
     indices, one group per class) is chosen uniformly, then one of its samples. Empty groups are
@@ -54,7 +54,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         return min(self.batch_size * world_size(), self.num_samples)
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, also when it is entered in the middle."""
+        """Steps in a whole epoch, also when it is resumed in the middle."""
         return self.num_samples // self.samples_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

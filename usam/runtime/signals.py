@@ -1,4 +1,4 @@
-"""Stopping by signal: training ends after a step that all processes agree on, and is saved.
+"""Stopping by signal: all processes stop after the same step, and training is saved.
 
 The signals are SIGTERM, SIGUSR1 (batch systems), SIGHUP (a closed terminal) and Ctrl-C.
 """
@@ -32,7 +32,7 @@ MAX_CALLS = 16  # between two exchanges, in case steps suddenly take longer
 
 
 class StopRequest:
-    """Whether a process of this run received a signal to stop; a context that handles signals.
+    """Context manager that handles signals and tells whether any process was asked to stop.
 
     Before `watch` there is nothing to save, and a signal ends the process at once with STOPPED.
     After it a signal is only noted, and `asked` returns True on every process at the same step; a
@@ -150,7 +150,7 @@ class StoppableBatches:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """A context in which the signals are blocked, also in processes started within it."""
+    """Context manager that blocks the signals, also in processes started within it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

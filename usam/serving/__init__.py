@@ -1,1 +1,1 @@
-"""Segmenting by clicks: sessions on one scan, the server that viewers connect to, its own page."""
+"""Interactive segmentation: sessions on a scan, the server for viewers, and the browser page."""

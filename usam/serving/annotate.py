@@ -1,4 +1,4 @@
-"""--annotate: a page in the browser that shows scans, takes clicks and saves what they give.
+"""--annotate: a browser page that displays scans, takes clicks and saves the segmentations.
 
 The page's voxels are (x, y, z) of the scan turned to LPS: x to the left, y to the back, z up.
 """
@@ -36,7 +36,7 @@ FINISH_SECONDS = 15.0
 
 
 class OpenScan:
-    """A scan that is displayed: its session, its turned image, and the tab that may change it."""
+    """A displayed scan: its session, its reoriented image, and the tab that may edit it."""
 
     def __init__(self, name: str, path: Path, channel: int | None, model: Clickable) -> None:
         scan = scan_of_file(path, channel)
@@ -54,11 +54,11 @@ class OpenScan:
 
     @property
     def labels(self) -> np.ndarray:
-        """The label map turned as the image."""
+        """The label map, oriented like the image."""
         return nib.apply_orientation(self.session.labels, self.turn)
 
     def voxel(self, place: Any) -> tuple[int, int, int]:
-        """The scan's voxel of a place on the page; ValueError for one outside."""
+        """The scan's voxel at a position on the page; ValueError if it is outside."""
         found = [round(value) for value in three_numbers(place, "voxel")]
         if any(not 0 <= i < size for i, size in zip(found, self.image.shape, strict=True)):
             raise ValueError(f"voxel {found} lies outside the scan")
@@ -91,7 +91,7 @@ class Annotation:
         self._lock = threading.RLock()
 
     def routes(self) -> dict[tuple[str, str], Route]:
-        """By method and path."""
+        """Request handlers by method and path."""
         posts: dict[str, Callable[[dict[str, Any]], Any]] = {
             "open": self.open, "mark": self.mark, "undo": self.undo, "finish": self.finish,
             "label": self.label, "lock": self.lock, "remove": self.remove, "state": self.state,
@@ -125,7 +125,7 @@ class Annotation:
         }  # fmt: skip
 
     def open(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Open a scan for a tab; a second tab may only look."""
+        """Open a scan for a tab; a second tab is read-only."""
         name, tab = content.get("scan"), content.get("tab")
         # A name of the list, never a path: nothing else can be read.
         if not isinstance(name, str) or name not in self.work.scans:
@@ -170,7 +170,7 @@ class Annotation:
         return {"objects": rows}
 
     def _mine(self, content: dict[str, Any]) -> OpenScan:
-        """The open scan, if the tab that asks may change it."""
+        """The open scan, if the requesting tab may edit it."""
         scan = self.scan
         if scan is None or content.get("scan") != scan.name:
             raise RefusedError(409, "this scan is no longer open; open it again")
@@ -180,22 +180,22 @@ class Annotation:
         return scan
 
     def alive(self, content: dict[str, Any]) -> dict[str, Any]:
-        """A tab is still there."""
+        """Heartbeat of a tab."""
         self._mine(content)
         return {}
 
     def mark(self, content: dict[str, Any]) -> dict[str, Any]:
-        """A click or a box on an object."""
+        """Add a click or a box to an object."""
         scan = self._mine(content)
         mark = read_mark(scan, content)
         return self._changed(scan, content, lambda mask: mask.add(mark))
 
     def undo(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Take an object's last mark back."""
+        """Undo an object's last mark."""
         return self._changed(self._mine(content), content, lambda mask: mask.undo())
 
     def finish(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Further windows, or further slices."""
+        """Extend the segmentation by more windows or slices."""
         scan = self._mine(content)
         return self._changed(scan, content, lambda mask: mask.finish(FINISH_SECONDS))
 
@@ -213,12 +213,12 @@ class Annotation:
             }  # fmt: skip
 
     def _keep(self, scan: OpenScan) -> None:
-        """Write the marks at once, the label map soon."""
+        """Write the marks now and the label map shortly after."""
         scan.changed = time.monotonic()
         scan.session.save_marks(self.work.marks(scan.name))
 
     def lock(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Keep an object's voxels from others, or not."""
+        """Lock or unlock an object."""
         scan = self._mine(content)
         with scan.lock:
             part = scan.session.lock(self._label_of(content), locked=content.get("locked") is True)
@@ -226,7 +226,7 @@ class Annotation:
             return {"part": scan.turned(part), **self._objects(scan)}
 
     def remove(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Forget an object of this scan."""
+        """Remove an object of this scan."""
         scan = self._mine(content)
         with scan.lock:
             part = scan.session.remove(self._label_of(content))
@@ -240,7 +240,7 @@ class Annotation:
         return label
 
     def label(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Name a label of all scans, or add one."""
+        """Rename a label of all scans, or add one."""
         self._mine(content)
         with self._lock:
             label = content.get("label")
@@ -319,7 +319,7 @@ def scan_place(scan: OpenScan, voxel: tuple[int, int, int]) -> list[int]:
 
 
 def read_mark(scan: OpenScan, content: dict[str, Any]) -> Mark:
-    """The mark of a request: `voxel`, or `box` of two voxels, in the object unless `inside`."""
+    """The mark of a request: `voxel`, or `box` of two voxels; `inside` defaults to true."""
     inside = content.get("inside", True) is True
     if "box" not in content:
         return point_mark(scan.voxel(content.get("voxel")), inside=inside)
@@ -331,7 +331,7 @@ def read_mark(scan: OpenScan, content: dict[str, Any]) -> Mark:
 
 
 def describe(work: WorkList) -> str:
-    """How much of the list is done."""
+    """The progress of the work list as text."""
     done = sum(state == "done" for state in work.states.values())
     return f"{counted(len(work.scans), 'scan')}, {done} done"
 

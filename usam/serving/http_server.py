@@ -1,4 +1,4 @@
-"""A small HTTP server: who may ask, how much they may send, and errors as one line of JSON."""
+"""A small HTTP server: access checks, size limits, and errors as one line of JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMORY = (MemoryError,)
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked: query and headers as text by name, body as sent."""
+    """A request: query and headers as text by name, body as sent."""
 
     query: Mapping[str, str]
     headers: Mapping[str, str]
@@ -46,7 +46,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Route:
-    """What answers a path: a function, the bytes it takes, and whether it needs the key."""
+    """A path's handler: its function, the most bytes it accepts, and whether it needs the key."""
 
     answer: Callable[[Request], Reply]
     max_bytes: int = NO_LIMIT_OF_JSON
@@ -54,7 +54,7 @@ class Route:
 
 
 class RefusedError(Exception):
-    """A request that is not answered: an HTTP status and one line that says why."""
+    """A refused request: an HTTP status and one line that says why."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         super().__init__(detail)
@@ -62,7 +62,7 @@ class RefusedError(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers `routes` by (method, path); `tick` is called twice a second."""
+    """An HTTP server for `routes` by (method, path); `tick` is called twice a second."""
 
     daemon_threads = True
     block_on_close = False
@@ -76,7 +76,7 @@ class Server(ThreadingHTTPServer):
         key: str | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises ValueError where the address cannot be used, or needs a key."""
+        """Raises ValueError if the address cannot be used, or needs a key."""
         self.routes, self.key, self.tick = routes, key, tick
         self.is_local = address[0] in LOOPBACK
         if not self.is_local and not key:
@@ -91,11 +91,11 @@ class Server(ThreadingHTTPServer):
             ) from None
 
     def service_actions(self) -> None:
-        """Called by the loop of the server."""
+        """Called regularly by the server's loop."""
         self.tick()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is no error of ours."""
+        """Ignore broken connections; report other errors."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             _report(error)
@@ -110,15 +110,15 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:  # noqa: N802
-        """Answers a GET."""
+        """Handle a GET request."""
         self._serve("GET")
 
     def do_POST(self) -> None:  # noqa: N802
-        """Answers a POST."""
+        """Handle a POST request."""
         self._serve("POST")
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is logged: addresses and paths may name people."""
+        """Log nothing: addresses and paths may contain names of patients."""
 
     def _serve(self, method: str) -> None:
         self._num_read = 0
@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         return route.answer(Request(dict(parse_qsl(url.query)), self.headers, body))
 
     def _check_site(self) -> None:
-        """Refuses other sites' pages: they send an Origin, or use a name of their own."""
+        """Refuse requests from other sites, which send an Origin or another host name."""
         host = self.headers.get("Host", "")
         name = re.sub(r":\d+$", "", host).strip("[]")
         if self.server.is_local and name not in LOOPBACK:

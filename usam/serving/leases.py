@@ -1,4 +1,4 @@
-"""Who may use the server: leases that end when a client stops working or answering."""
+"""Limits the number of clients: leases that end when a client is idle or gone."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class FullError(Exception):
 
 
 class EndedError(Exception):
-    """The lease has ended, or never was."""
+    """The lease has ended, or never existed."""
 
 
 class Lease(Generic[Content]):
-    """One client's place; requests of a lease are answered one after the other."""
+    """One client's lease; its requests are handled one after the other."""
 
     def __init__(self, content: Content, now: float) -> None:
         self.token, self.content = secrets.token_urlsafe(24), content
@@ -33,7 +33,7 @@ class Lease(Generic[Content]):
 
 
 class Leases(Generic[Content]):
-    """At most `number` leases at once. clock: seconds that never go back."""
+    """At most `number` leases at once. clock: a monotonic clock in seconds."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Leases(Generic[Content]):
             return lease
 
     def find(self, token: str | None, *, is_use: bool = True) -> Lease[Content]:
-        """The lease of a token; raises EndedError. is_use: a heartbeat does not count as one."""
+        """The lease of a token; raises EndedError. is_use: False for a heartbeat."""
         with self._lock:
             self._end_old()
             lease = self._leases.get(token or "")
@@ -70,7 +70,7 @@ class Leases(Generic[Content]):
             return lease
 
     def remaining(self, lease: Lease[Content]) -> float:
-        """Seconds until a lease ends if nothing is done with it."""
+        """Seconds until a lease ends if it is not used."""
         return max(0.0, lease.used + self.idle - self.clock())
 
     def release(self, token: str | None) -> None:
@@ -79,7 +79,7 @@ class Leases(Generic[Content]):
             self._leases.pop(token or "", None)
 
     def end_old(self) -> None:
-        """End the leases whose time is over, and let their content go."""
+        """End expired leases and release their content."""
         with self._lock:
             self._end_old()
 

@@ -1,4 +1,4 @@
-"""What a user marks of one object: points, boxes, scribbles and lassos as clicks on voxels.
+"""User input for one object: points, boxes, scribbles and lassos as clicks on voxels.
 
 Voxels are (i, j, k), indices along the axes of the scan as stored, from 0.
 """
@@ -19,7 +19,7 @@ Part = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Mark:
-    """One action of the user, which `undo` takes back as a whole.
+    """One action of the user; `undo` reverts it as a whole.
 
     clicks: (voxel, label), label 1 in the object and 0 outside. box: first and last voxel of a box
     around the object.
@@ -30,12 +30,12 @@ class Mark:
 
     @property
     def has_inside(self) -> bool:
-        """Whether it says where the object is."""
+        """Whether the mark shows where the object is."""
         return self.box is not None or any(label for _, label in self.clicks)
 
 
 def point_mark(voxel: Voxel, *, inside: bool) -> Mark:
-    """One click."""
+    """A single click on a voxel."""
     return Mark(((_voxel(voxel), int(inside)),))
 
 

@@ -1,4 +1,4 @@
-"""The loaded model of a server, and the marked masks that it answers."""
+"""The model of a server, and the interactive masks it creates."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _volumes(args: Namespace, precision: Precision, saved: dict[str, Any] | None
 
 
 def scan_of_array(array: np.ndarray, spacing: tuple[float, ...], orientation: str) -> Scan:
-    """A scan from an array (d0, d1, d2) as viewers hold it: slices, rows, columns.
+    """A scan from an array (d0, d1, d2) as viewers store it: slices, rows, columns.
 
     spacing (3,) mm along the same axes. orientation: where columns, rows and slices lead, three
     letters like LPS. Its voxels (i, j, k) are the array's (d2, d1, d0). Raises ValueError for
@@ -97,7 +97,7 @@ def scan_of_array(array: np.ndarray, spacing: tuple[float, ...], orientation: st
 
 
 def _holds_int16(array: np.ndarray) -> bool:
-    """Whether every value is a whole number that an int16 holds."""
+    """Whether every value is a whole number that fits int16."""
     if array.dtype in (np.uint8, np.int16):
         return False
     low, high = array.min(), array.max()
@@ -119,7 +119,7 @@ def affine_of(orientation: str, spacing: tuple[float, ...]) -> np.ndarray:
 
 
 def scan_of_file(path: Path, channel: int | None = None) -> Scan:
-    """A scan of a file or DICOM folder."""
+    """A scan read from a file or DICOM folder."""
     scan = read_scan(path, channel)
     if scan.header.affine is None:
         raise ValueError(f"{path}: has no place in space; --annotate needs a NIfTI, NRRD or DICOM")

@@ -1,4 +1,4 @@
-"""One object that a user marks in one scan: what was marked, its mask, and the way back."""
+"""One object that a user marks in one scan: its marks, its mask, and undo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from usam.serving.marks import Mark, Part
 
 @dataclass(frozen=True)
 class Region:
-    """A mask as the part of the scan it lies in: slices along its axes, and the mask there."""
+    """A mask within its bounding box: slices along the scan's axes, and the mask there."""
 
     part: Part
     mask: np.ndarray
@@ -45,7 +45,7 @@ def union(first: Region | None, second: Region | None) -> Part | None:
 
 
 class MarkedMask(ABC):
-    """An object's marks and the mask they lead to.
+    """An object's marks and the resulting mask.
 
     `region` is its mask in the scan's own axes, None while it is empty; `stopped_early` says that
     `finish` may find more of it.
@@ -61,7 +61,7 @@ class MarkedMask(ABC):
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the answer was cut short by its time."""
+        """Whether the last prediction stopped at its time limit."""
         return False
 
     @property
@@ -70,7 +70,7 @@ class MarkedMask(ABC):
         return not self.marks and self.start is None
 
     def add(self, mark: Mark) -> None:
-        """Answer to a mark. Raises ValueError for one outside the scan, or not of the model's kind.
+        """Add a mark and predict. Raises ValueError if it is outside the scan or not supported.
 
         After an error everything is as before.
         """
@@ -102,14 +102,14 @@ class MarkedMask(ABC):
         self._history.append(go_back)
 
     def undo(self) -> bool:
-        """Take the last mark back; False where there is none."""
+        """Undo the last mark; False if there is none."""
         if not self._history:
             return False
         self._history.pop()()
         return True
 
     def resume(self, marks: list[Mark], start: Region | None, region: Region | None) -> None:
-        """Take up marks and their mask from an earlier session; nothing is computed before a mark.
+        """Restore marks and mask of an earlier session; nothing is computed before the next mark.
 
         start: the mask that the object started from. The marks can be taken back one by one.
         """
@@ -136,11 +136,11 @@ class MarkedMask(ABC):
 
     @abstractmethod
     def finish(self, max_seconds: float = math.inf) -> bool:
-        """Answer in full, or for `max_seconds`; whether there was anything to do."""
+        """Complete the prediction, within `max_seconds` if given; returns whether any was left."""
 
     @abstractmethod
     def prompts(self) -> dict[str, Any] | None:
-        """The marks in the form that --prompts reads; None where it could read nothing."""
+        """The marks in the form that --prompts reads; None if there are none it can read."""
 
     @abstractmethod
     def _answer(self, mark: Mark) -> None:
@@ -148,7 +148,7 @@ class MarkedMask(ABC):
 
     @abstractmethod
     def _resume(self) -> None:
-        """Take up `marks` and `region` from an earlier session."""
+        """Restore `marks` and `region` of an earlier session."""
 
     @abstractmethod
     def _answer_all(self) -> None:
@@ -156,8 +156,8 @@ class MarkedMask(ABC):
 
     @abstractmethod
     def _restart(self) -> None:
-        """Forget all answers; there are no marks."""
+        """Discard all predictions; there are no marks."""
 
     @abstractmethod
     def _way_back(self) -> Callable[[], None]:
-        """A function that sets the answers, and `region`, to those of now."""
+        """A function that restores the current predictions and `region`."""

@@ -124,7 +124,7 @@ def fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
 
 
 def listed(shape: tuple[int | None, ...]) -> str:
-    """A shape as people write it."""
+    """A shape as text."""
     return " x ".join("any" if size is None else str(size) for size in shape)
 
 
@@ -149,7 +149,7 @@ def _no_number(text: str) -> None:
 
 
 def flag(content: dict[str, Any], name: str, default: bool) -> bool:
-    """A value that is true or false."""
+    """A value that must be true or false."""
     value = content.get(name, default)
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected true or false, found {value!r:.40}")

@@ -89,19 +89,19 @@ class RemoteSession:
         self.pending, self._sent = [], self.object.region
 
     def mark(self, mark: Mark) -> None:
-        """Keep a mark for `run`."""
+        """Store a mark for `run`."""
         self.opened().check(mark)
         self.pending.append(mark)
 
     def run(self) -> bool:
-        """Answer to all marks that were kept; whether there were any."""
+        """Predict from all stored marks; returns whether there were any."""
         pending, self.pending = self.pending, []
         for mark in pending:
             self.object.add(mark)
         return bool(pending)
 
     def undo(self) -> bool:
-        """Take the last mark back."""
+        """Undo the last mark."""
         if self.pending:
             self.pending.pop()
             return True
@@ -139,14 +139,14 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 class Remote:
-    """Answers the protocol's requests for up to `max_sessions` clients."""
+    """Handles the protocol's requests for up to `max_sessions` clients."""
 
     def __init__(self, model: Clickable, *, max_sessions: int = 1, orientation: str) -> None:
         self.model, self.orientation = model, orientation
         self.leases: Leases[RemoteSession] = Leases(max_sessions)
 
     def routes(self) -> dict[tuple[str, str], Route]:
-        """By method and path."""
+        """Request handlers by method and path."""
         leased = {
             "/set_image": (self.set_image, MAX_IMAGE_BYTES),
             "/set_target_buffer": (set_target_buffer, None),
@@ -199,12 +199,12 @@ class Remote:
         })  # fmt: skip
 
     def release(self, request: Request) -> Reply:
-        """End a lease; one that has ended is no error."""
+        """End a lease; it is no error if it has ended already."""
         self.leases.release(request.headers.get(LEASE))
         return Reply({"released": True})
 
     def heartbeat(self, request: Request) -> Reply:
-        """How long a lease has; asking does not make it longer."""
+        """The time left to a lease; asking does not extend it."""
         lease = self._lease(request, is_use=False)
         return Reply({
             "remaining_seconds": self.leases.remaining(lease),
@@ -212,7 +212,7 @@ class Remote:
         })  # fmt: skip
 
     def capabilities(self, _: Request) -> Reply:
-        """What the model takes."""
+        """The prompts that the model supports."""
         points, boxes, volume = self.model.points, self.model.boxes, self.model.is_volumetric
         return Reply({
             "supported_interactions": {
@@ -234,7 +234,7 @@ class Remote:
         })  # fmt: skip
 
     def set_image(self, session: RemoteSession, request: Request) -> Reply:
-        """A new image; the earlier one and its object are forgotten."""
+        """Set a new image; the earlier one and its object are dropped."""
         properties = _meta(request).get("image_properties")
         spacing = properties.get("spacing") if isinstance(properties, dict) else None
         sizes = three_numbers(spacing, "image_properties.spacing")
@@ -246,7 +246,7 @@ class Remote:
 
 
 def set_target_buffer(session: RemoteSession, request: Request) -> Reply:
-    """What the client writes answers to."""
+    """Set the shape and type of the buffer that the client writes masks to; drops all objects."""
     content = read_json(request.body)
     session.opened()
     if content.get("shape") != list(session.shape):
@@ -335,7 +335,7 @@ def add_initial_seg(session: RemoteSession, request: Request) -> Reply:
 
 
 def predict(session: RemoteSession, request: Request) -> Reply:
-    """Answer to marks that were only kept, else look further: more windows, or more slices."""
+    """Predict from marks not yet used; if there are none, extend by more windows or slices."""
     flag(read_json(request.body), "force_full_refine", False)
     session.opened()
     ran = session.run() or session.object.finish(FINISH_SECONDS)
@@ -343,7 +343,7 @@ def predict(session: RemoteSession, request: Request) -> Reply:
 
 
 def undo(session: RemoteSession, request: Request) -> Reply:
-    """Take the last mark back."""
+    """Undo the last mark."""
     return session.answer(ran=session.undo())
 
 

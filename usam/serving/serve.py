@@ -1,4 +1,4 @@
-"""--serve and --annotate: load the model, open the port, answer until Ctrl-C."""
+"""--serve and --annotate: load the model, open the port, serve until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEY_VARIABLE = "NN_INTERACTIVE_API_KEY"  # the client reads it as well
 
 
 def serve(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
-    """Answer viewers, or the page of --annotate, until Ctrl-C or SIGTERM.
+    """Serve viewers, or the page of --annotate, until Ctrl-C or SIGTERM.
 
     Raises ValueError for an address in use, one without a key that others can reach, several
     processes, and a model without prompts.
@@ -81,7 +81,7 @@ def annotate(
 
 
 def run_until_stopped(server: Server) -> None:
-    """Answer requests until Ctrl-C or SIGTERM."""
+    """Serve requests until Ctrl-C or SIGTERM."""
     with stopped_by_sigterm():
         try:
             server.serve_forever(poll_interval=0.5)
@@ -91,7 +91,7 @@ def run_until_stopped(server: Server) -> None:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """A context in which SIGTERM is as Ctrl-C."""
+    """Context manager in which SIGTERM acts like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

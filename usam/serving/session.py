@@ -1,4 +1,4 @@
-"""Several named objects of one scan: marked one by one, kept apart, saved and read again."""
+"""Several named objects of one scan: marked one by one, without overlap, saved and restored."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ScanSession:
         return found
 
     def change(self, label: int, action: Callable[[MarkedMask], Any]) -> tuple[Any, Part | None]:
-        """What `action` returns for an object's mask, and the part of the label map that changed.
+        """The result of `action` on an object's mask, and the part of the label map that changed.
 
         Raises ValueError for a locked object.
         """
@@ -70,7 +70,7 @@ class ScanSession:
         return result, part
 
     def lock(self, label: int, *, locked: bool) -> Part | None:
-        """Lock an object, or let others cover it again; the part that may have changed."""
+        """Lock or unlock an object; returns the part of the label map that may have changed."""
         one = self.object(label)
         one.locked = locked
         part = union(one.mask.region, None)
@@ -78,7 +78,7 @@ class ScanSession:
         return part
 
     def remove(self, label: int) -> Part | None:
-        """Forget an object; the part that changed."""
+        """Remove an object; returns the part of the label map that changed."""
         one = self.object(label)
         if one.locked:
             raise ValueError("this object is locked; unlock it to remove it")
@@ -107,7 +107,7 @@ class ScanSession:
     # ------------------------------------------------------------------ files
 
     def save_labels(self, path: Path) -> None:
-        """Write the label map as a NIfTI placed as the scan."""
+        """Write the label map as a NIfTI in the scan's geometry."""
         write_label_map(path, self.labels, self.scan.header)
 
     def prompts(self, names: dict[int, str]) -> dict[str, Any] | None:
@@ -124,7 +124,7 @@ class ScanSession:
         return {"points": points, "boxes": list(boxes.values()), "mm": False}
 
     def save_marks(self, path: Path) -> None:
-        """Write everything that `load` needs; small, so that it can follow each click."""
+        """Write everything that `load` needs; small enough to be written after each click."""
         objects = [
             {
                 "label": one.label, "locked": one.locked,
@@ -165,7 +165,7 @@ class ScanSession:
 
 
 def _common(part: Part, other: Part) -> tuple[Part | None, Part | None]:
-    """Where two parts meet: in the first and in the second; None if nowhere."""
+    """The overlap of two parts, in the first and in the second; None if there is none."""
     inside, own = [], []
     for a, b in zip(part, other, strict=True):
         low, high = max(a.start, b.start), min(a.stop, b.stop)

@@ -46,7 +46,7 @@ class SliceMask(MarkedMask):
         return takes(self.predictor.prompt_mode)
 
     def check(self, mark: Mark) -> None:
-        """Also refuses boxes over several slices, and kinds of prompt unknown to the model."""
+        """Also refuses boxes over several slices, and prompts that the model does not take."""
         super().check(mark)
         points, boxes = self.takes
         mode = self.predictor.prompt_mode
@@ -63,7 +63,7 @@ class SliceMask(MarkedMask):
         return self.carry() > 0
 
     def carry(self, slices: int = CARRIED) -> int:
-        """Mark up to `slices` slices on each side, each from the mask beside it; how many were.
+        """Mark up to `slices` slices on each side from the mask beside them; returns how many.
 
         It ends where the object does, or meets a slice with marks. `undo` takes all of them back.
         """
@@ -132,7 +132,7 @@ class SliceMask(MarkedMask):
         self._planes = self._planes | {k: found}
 
     def _labels_on(self, k: int, given: ScanPrompts) -> np.ndarray:
-        """Classes of slice k, in the scan's own two other axes."""
+        """Predicted classes of slice k, along the scan's two in-plane axes."""
         mode = self.predictor.prompt_mode
         if mode == 3:  # both are wanted; the kind that is missing gets what training gives
             kinds = {(True, False): 2, (False, True): 1, (True, True): 3}

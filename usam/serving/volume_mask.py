@@ -33,11 +33,11 @@ class VolumeMask(MarkedMask):
 
     @property
     def stopped_early(self) -> bool:
-        """Whether windows are missing where the object goes on."""
+        """Whether windows are missing where the object continues."""
         return self._session is not None and self._session.stopped_early
 
     def finish(self, max_seconds: float = math.inf) -> bool:
-        """Open all windows that are missing; refine a mask that nothing was marked on."""
+        """Open all missing windows; refine a starting mask that has no marks."""
         is_unseen = self._session is None and self.start is not None
         if is_unseen:
             self._replay()
@@ -49,7 +49,7 @@ class VolumeMask(MarkedMask):
         return True
 
     def limit_time(self, max_seconds: float) -> None:
-        """Open no further window so long after a click."""
+        """Stop opening windows this many seconds after a click."""
         self.max_seconds = max_seconds
         if self._session is not None:
             self._session.max_seconds = max_seconds

@@ -1,4 +1,4 @@
-"""The scans of --annotate, what is done of them, and the names that their labels share."""
+"""The scans of --annotate, their states, and the label names they share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class WorkList:
 
     @classmethod
     def open(cls, folder: Path, scans: Sequence[Path], classes: Sequence[str] = ()) -> WorkList:
-        """The list of `scans`, as it was left in `folder`; classes name the labels of a new one.
+        """The work list of `scans`, restored from `folder`; `classes` name the labels of a new one.
 
         Raises ValueError for a damaged list.
         """
@@ -58,7 +58,7 @@ class WorkList:
 
     @property
     def labels_folder(self) -> Path:
-        """Where the label maps lie."""
+        """The folder of the label maps."""
         return self.folder / "labels"
 
     def label_map(self, scan: str) -> Path:
@@ -66,11 +66,11 @@ class WorkList:
         return self.labels_folder / f"{scan}.nii.gz"
 
     def marks(self, scan: str) -> Path:
-        """What was marked in a scan, for the next session."""
+        """The file of a scan's marks, for the next session."""
         return self.folder / f"{scan}_marks.json"
 
     def prompts(self, scan: str) -> Path:
-        """The prompts of a scan, for --predict."""
+        """The file of a scan's prompts, for --predict."""
         return self.folder / f"{scan}_prompts.json"
 
     def name(self, label: int, name: Any, color: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Which cases train and validate: as a checkpoint lists them, recorded in the next, printed."""
+"""Training and validation cases: read from a checkpoint, recorded in the next one, printed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Data = SliceDataset | VolumeDataset
 
 
 def check_store(store: Store) -> None:
-    """Raise ValueError for double, empty or otherwise misleading class names."""
+    """Raise ValueError for duplicate, empty or otherwise misleading class names."""
     check_class_names(store.classes, str(store.folder))
 
 
 def held_out_of(args: Namespace, saved: Mapping[str, Any] | None, store: Store) -> dict[str, Any]:
-    """Who validates in a resumed run, as arguments of build_dataset and build_volumes.
+    """The validation cases of a resumed run, as arguments of build_dataset and build_volumes.
 
     The cases that the checkpoint lists; for older checkpoints, those of the draw they were trained
     with. Where --val_fraction or the data have changed, which needs --override, a new draw.
@@ -80,5 +80,5 @@ def describe_validation(args: Namespace, val_data: Data) -> None:
 
 
 def can_validate(val_data: Data) -> bool:
-    """Whether scores on these cases can tell epochs apart: they show some foreground."""
+    """Whether these cases show foreground; without it scores cannot rank epochs."""
     return bool(val_data) and len(val_data.classes_not_shown) < len(val_data.classes) - 1

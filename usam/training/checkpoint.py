@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what they hold, and how they are written whole or not at all."""
+"""Checkpoints of a run: their content, and writing them atomically."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Progress:
 
 
 class TrainingState:
-    """All of a run that training changes, and so all that a checkpoint must hold to resume it.
+    """Everything that training changes, and so everything a checkpoint needs to resume a run.
 
     model: the plain module. average: of its weights, perhaps with decay 0. facts: what the run is
     made from, see `manifest.facts_of`. best: epoch and score of the best epoch so far. in_epoch:
@@ -189,7 +189,7 @@ def save(path: Path, state: Mapping[str, Any], *, keep: int = 0) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """What the operating system reported, where torch's zip writer raises another error for it."""
+    """The operating system's error behind one that torch's zip writer raised."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__context__
@@ -250,7 +250,7 @@ def rotate_backups(path: Path, old: Path, keep: int) -> None:
 
 
 def to_cpu(state: Any, copies: dict[int, torch.Tensor] | None = None) -> Any:
-    """A copy of nested dicts and lists whose tensors have memory of their own on the CPU.
+    """A copy of nested dicts and lists, with tensors copied to the CPU.
 
     A tensor that occurs twice, as the weights of best.pth and last.pth do, is copied once.
     copies: those made so far, by the identity of the original.

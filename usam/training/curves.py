@@ -1,4 +1,4 @@
-"""How a run goes, to be looked at while it trains: curves.png, and TensorBoard if asked for.
+"""Curves of a run, updated while it trains: curves.png and, with --tensorboard, TensorBoard.
 
 training.py tells it of every epoch.
 """
@@ -34,7 +34,7 @@ class RunCurves:
             self._writer = summary_writer()(str(folder / "tensorboard"), purge_step=first_epoch)
 
     def add(self, line: Mapping[str, Any], *, last: bool) -> None:
-        """Show the epoch that `line`, already in log.jsonl, is of; `last`: none follows."""
+        """Draw the epoch of `line`, which is already in log.jsonl; `last`: it is the final one."""
         if not is_main():
             return
         if self._writer:
@@ -50,7 +50,7 @@ class RunCurves:
             self._writer.close()
 
     def _draw(self) -> None:
-        """Draw beside the file and put it in its place: a viewer always sees a whole one."""
+        """Draw the file atomically: a viewer always sees a complete one."""
         lines = [
             json.loads(line)
             for line in (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()

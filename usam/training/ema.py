@@ -40,7 +40,7 @@ class WeightAverage:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """A context in which the model's parameters hold the average."""
+        """Context manager in which the model's parameters hold the average."""
         self._exchange()
         try:
             yield

@@ -28,7 +28,7 @@ RANK_STRIDE = 15_485_863  # between the seeds of two ranks in one step
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an epoch is trained.
+    """Settings for training an epoch.
 
     total_samples: samples of all epochs together; warmup_samples: those of the warm-up.
     decay_at: see `learning_rate_factor`. most_unreadable: how many samples of an epoch and process
@@ -54,7 +54,7 @@ def train_one_epoch(
     precision: Precision,
     after_step: Callable[[EpochSums], bool] = lambda sums: False,
 ) -> dict[str, float | None] | None:
-    """Train the epoch at `state.progress`, or the rest of it; its figures for log.jsonl.
+    """Train the epoch at `state.progress`, or the rest of it; returns its figures for log.jsonl.
 
     model: `state.model`, perhaps wrapped in DistributedDataParallel. The loader's batch sampler is
     a TrainingBatches. Learning rates are set before each optimizer step from the samples seen so
@@ -101,7 +101,7 @@ def train_one_epoch(
 
 
 def step_generator(seed: int, epoch: int, step: int, rank: int) -> torch.Generator:
-    """The CPU generator of everything a rank draws at random in one step."""
+    """The CPU generator for all random draws of a rank in one step."""
     generator = torch.Generator()
     seeds = torch.tensor([seed, epoch, step, rank], dtype=torch.int64)
     weights = torch.tensor([1, 1_000_003, 7_368_787, RANK_STRIDE], dtype=torch.int64)
@@ -116,7 +116,7 @@ def shared_generator(generator: torch.Generator) -> torch.Generator:
 
 
 def _end_epoch(state: TrainingState, sums: EpochSums) -> dict[str, float | None]:
-    """Move `state.progress` to the next epoch; the epoch's figures over all processes."""
+    """Move `state.progress` to the next epoch; returns the epoch's figures over all processes."""
     epoch, progress = state.progress.epoch, state.progress
     progress.epoch, progress.step = epoch + 1, 0
     progress.skipped_in_a_row = int(sums.guard.in_a_row)
@@ -148,7 +148,7 @@ def _progress_bar(num_steps: int, progress: Progress) -> tqdm:
 
 
 def _without_sync(model: nn.Module, *, skip: bool) -> AbstractContextManager:
-    """A context in which gradients are not averaged over processes, while they accumulate."""
+    """Context manager that does not average gradients over processes, while they accumulate."""
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()

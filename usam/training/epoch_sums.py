@@ -127,7 +127,7 @@ class EpochSums:
 
 
 def own_share(rows: list[list[float]]) -> list[float]:
-    """This process's row of those kept for each; if their number changed, rank 0 gets their sum."""
+    """This process's row of saved sums; after a change of process number rank 0 gets the total."""
     if len(rows) == world_size():
         return rows[rank()]
     share = 1 if rank() == 0 else 0

@@ -1,4 +1,4 @@
-"""How a training step is run: torch.compile with a fallback, and activation checkpointing."""
+"""Options of a training step: torch.compile with a fallback, and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def should_compile(choice: str, model: str, device: torch.device) -> bool:
 def compile_training(
     model: nn.Module, step: TrainingStep, samples: Sequence[dict[str, Any]], precision: Precision
 ) -> bool:
-    """Compile `model` in place and try a step on a batch of `samples`; whether it worked.
+    """Compile `model` in place and try a step on a batch of `samples`; returns whether it worked.
 
     Names, weights and BatchNorm's statistics stay the same. If the compiler or its tools fail,
     this warns once and training runs uncompiled.

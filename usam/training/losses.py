@@ -97,7 +97,7 @@ def balanced_weights(pixels: Sequence[float]) -> list[float]:
 
 
 def dice_bce_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
-    """Soft Dice loss plus binary cross-entropy of one object a channel, weighted 1 and 1.
+    """Soft Dice loss plus binary cross-entropy of one object per channel, weighted 1 and 1.
 
     logits (N, C, *S) float, unnormalised, each channel a prediction of its own (SAM-Med3D: a
     click round); target (N, 1 or C, *S), 1 in the object and 0 outside, any dtype.

@@ -1,4 +1,4 @@
-"""What a run is made from: written to manifest.json, compared when the run is resumed."""
+"""Flags, data and versions of a run: written to manifest.json and compared on resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEP = "samples per step (--batch_size x processes)"
 def facts_of(
     flags: Mapping[str, Any], data: Mapping[str, Any], *, world_size: int, precision: str
 ) -> dict[str, Any]:
-    """What a run is made from, as plain values.
+    """Flags, data and versions of a run, as plain values.
 
     flags: by name. data: the checkpoint's "data", with the digest of the training data.
     """
@@ -68,7 +68,7 @@ def revision() -> str | None:
 
 
 def check_unchanged(args: Namespace, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Print in what this run, made from `facts`, differs from the one that `saved` is of.
+    """Print how this run, described by `facts`, differs from the run of the checkpoint `saved`.
 
     Raises ValueError if that changes the result and --override was not given, or if `saved` holds
     weights only.
@@ -120,7 +120,7 @@ def differences(
 
 
 def renamed(facts: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Those of `facts` that have a name in `names`, under that name."""
+    """The entries of `facts` that `names` lists, under the names given there."""
     return {names[key]: value for key, value in facts.items() if key in names}
 
 
@@ -135,7 +135,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def short(text: str) -> str:
-    """A value's first characters: enough to tell digests apart."""
+    """A value's first characters, enough to distinguish digests."""
     return text.strip('"') if len(text) <= 40 else text.strip('"')[:12] + "..."
 
 

@@ -44,7 +44,7 @@ def learning_rate_factor(
     power: float = 0.9,
     decay_at: Sequence[float] = (),
 ) -> float:
-    """Factor in [0, 1] for the step that is about to be taken.
+    """The learning rate factor, in [0, 1], for the next step.
 
     samples_before: samples consumed before this step, all processes together;
     batch_samples: samples of this step, all processes and accumulated batches together;

@@ -1,4 +1,4 @@
-"""A training run: what it is made of, when it ends, and what each epoch logs, saves and prints.
+"""A training run: its setup, when it ends, and what each epoch logs, saves and prints.
 
 The loop over epochs is in u-sam.py.
 """
@@ -86,7 +86,7 @@ class Run:
             say(f"nothing left to train: {done}; pass a larger --epochs to continue")
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        """Continue where `saved` is, within an epoch also if the batch size has changed."""
+        """Continue from `saved`, within an epoch even if the batch size has changed."""
         with checkpoint_errors(self.args.resume):
             manifest.check_unchanged(self.args, saved, self.state.facts)
             self.state.load_state_dict(saved)
@@ -103,7 +103,7 @@ class Run:
         self.state.in_epoch = self.state.unvalidated = None
 
     def _open_folder(self) -> None:
-        """Open --output_dir and say in manifest.json what the run is made from."""
+        """Open --output_dir and write manifest.json."""
         args, state = self.args, self.state
         first = state.unvalidated["epoch"] if state.unvalidated else state.progress.epoch
         self.folder = RunFolder(args.output_dir, args.resume, first)
@@ -120,13 +120,13 @@ class Run:
         return self.state.progress.epoch >= self.args.epochs and not self.state.unvalidated
 
     def begin_epoch(self) -> None:
-        """Exit with the run saved where a signal has asked to stop."""
+        """Save and exit if a stop signal was received."""
         if self.stop.asked(at_once=True):
             self.exit_stopped()
         self._started = time.perf_counter()
 
     def after_step(self, sums: EpochSums) -> bool:
-        """Save where --save_every says so; whether to stop here."""
+        """Save if --save_every is due; returns whether a signal asks to stop here."""
         self._steps += 1
         if self.stop.asked():
             self.state.in_epoch = sums.state_dict()
@@ -145,7 +145,7 @@ class Run:
         processes.check_same_weights(self.task.model, figures["epoch"])
 
     def validate(self) -> dict[str, Any] | None:
-        """The scores of the epoch on the held-out cases, None without any; exits if asked to."""
+        """The epoch's scores on the held-out cases, None without any; exits on a stop signal."""
         if self.stop.asked(at_once=True):
             self.exit_stopped()
         scores = None
@@ -178,7 +178,7 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Return when all checkpoints are on the disk; print the best epoch and what comes next."""
+        """Wait until all checkpoints are on the disk; print the best epoch and the next command."""
         self.writer.finish()
         args, best, folder = self.args, self.state.best, self.args.output_dir
         if best["mean_dice"] is not None:
@@ -221,7 +221,7 @@ def next_command(args: Namespace, *, has_test_cases: bool) -> str:
 
 
 def prepare_model(args: Namespace, precision: Precision, task: Task) -> None:
-    """Let the task's model be recomputed in backward or compiled, as the flags say."""
+    """Apply activation checkpointing and compilation to the task's model, as the flags say."""
     if args.checkpoint_activations:
         checkpoint_activations(task.model)
     if should_compile(args.compile, args.model, precision.device):
@@ -232,7 +232,7 @@ def prepare_model(args: Namespace, precision: Precision, task: Task) -> None:
 
 
 def recipe_of(args: Namespace, task: Task) -> Recipe:
-    """What the flags say about training an epoch of the task."""
+    """The settings for training an epoch of the task, from the flags."""
     num_samples = len(task.train_data)
     total = args.epochs * num_samples
     return Recipe(

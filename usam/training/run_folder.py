@@ -21,7 +21,7 @@ RUN_FILES = (
 
 
 def training_lock(path: Path) -> AbstractContextManager[None]:
-    """A context that keeps other trainings out of a run's folder, held by the main process.
+    """Context manager: the main process locks a run's folder against other trainings.
 
     Raises ValueError naming the process that trains there. Evaluation and prediction do not ask.
     """
@@ -57,7 +57,7 @@ class RunFolder:
             self._cut_log(first_epoch)
 
     def _cut_log(self, first_epoch: int) -> None:
-        """Keep the log's epochs before `first_epoch`; what a kill left of a line goes."""
+        """Keep the log's epochs before `first_epoch`; a line cut short by a kill is dropped."""
         text = self.log_file.read_text(encoding="utf-8", errors="replace")
         kept = [line for line in text.splitlines() if _epoch_of(line) < first_epoch]
         write_text(self.log_file, "".join(line + "\n" for line in kept))
@@ -77,7 +77,7 @@ class RunFolder:
         print(f"moved an earlier run's files to {target}")
 
     def describe(self, facts: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Write manifest.json: what the run is made from, and where and when it was started."""
+        """Write manifest.json: flags, data and versions, and where and when the run was started."""
         if is_main():
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             path = self.path / "manifest.json"
@@ -91,7 +91,7 @@ class RunFolder:
 
 
 def _epoch_of(line: str) -> int:
-    """The epoch of a log line; a very late one where the line is cut short or damaged."""
+    """The epoch of a log line; a very large number if the line is cut short or damaged."""
     try:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):

@@ -70,7 +70,7 @@ class SamMed3dTask:
         )
 
     def scores_to_print(self, summary: dict[str, Any]) -> dict[str, float | None]:
-        """The scores of `validate` for an epoch's line, by name."""
+        """The scores of `validate` for an epoch's log line, by name."""
         return summary["dice"]
 
     def describe(self) -> None:
@@ -96,7 +96,7 @@ class ClickStep:
     rounds: int
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The batch's loss; all that is random comes from `generator`."""
+        """The batch's loss; all randomness comes from `generator`."""
         volume, mask = crops_to_device(batch, normalise, self.device)
         logits = model(volume, mask, generator, num_rounds=self.rounds)
         return rounds_loss(getattr(model, "module", model), logits, mask)

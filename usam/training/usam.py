@@ -101,7 +101,7 @@ class USamTask:
         return counts.summary(self.classes) | {"prompts": PROMPT_SOURCES[mode]}
 
     def scores_to_print(self, summary: dict[str, Any]) -> dict[str, float | None]:
-        """The scores of `validate` for an epoch's line, by name: each class, or a few of many."""
+        """The scores of `validate` for an epoch's log line: each class, or a few of many."""
         dice = dict(list(summary["dice"].items())[1:])
         if len(dice) < MAX_SCORES:
             return dice | {"mean": summary["mean_dice"]}
@@ -143,7 +143,7 @@ class SegmentationStep:
     class_weights: Tensor | None = None
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The batch's loss; all that is random comes from `generator`."""
+        """The batch's loss; all randomness comes from `generator`."""
         image, mask = self.augment(*to_device(batch, self.device), generator)
         num_classes = getattr(model, "module", model).num_classes
         mode = self.prompt_mode
@@ -155,7 +155,7 @@ class SegmentationStep:
 
 
 def augmentation(args: Namespace, classes: list[str], device: torch.device) -> Augment:
-    """The augmentation of --augment, whose flips do not mix up classes of the two sides.
+    """The augmentation of --augment, whose flips do not mix up left and right classes.
 
     Flipped samples are mirrored patients: paired classes take each other's ids; with a class
     whose other side is missing nothing is flipped. WORD keeps the published flips, which mix them.
@@ -217,7 +217,7 @@ def build_model(args: Namespace, data: dict[str, Any]) -> USam:
 
 
 def model_info(args: Namespace, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """What a checkpoint says of the model, beside what it says of the data."""
+    """What a checkpoint records about the model, besides the data."""
     whole = not args.small_checkpoints or saved or args.init
     sam_weights = None if whole else sam_file.find(args.sam_model, args.sam_weight)
     base = base_of_run(

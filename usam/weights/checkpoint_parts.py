@@ -69,14 +69,14 @@ POSITION: dict[str, Callable[[Any], bool]] = {  # where training stands
 
 
 def _is_average(value: object) -> bool:
-    """Whether it is what usam.average's WeightAverage keeps in a checkpoint."""
+    """Whether `value` is the state that usam.training.ema keeps in a checkpoint."""
     if not isinstance(value, Mapping) or value.keys() != {"num_updates", "weights"}:
         return False
     return type(value["num_updates"]) is int and is_state_dict(value["weights"])
 
 
 def check_parts(content: Mapping[str, Any], source: Path) -> None:
-    """Raises ValueError naming the part of a checkpoint of ours that is not as u-sam.py writes it.
+    """Raises ValueError naming the malformed field of a checkpoint of ours.
 
     Weights are tensors by name, flags plain values; of "data" what is there must be usable.
     """
@@ -98,5 +98,5 @@ def check_parts(content: Mapping[str, Any], source: Path) -> None:
 
 
 def whole_number(value: object, *, most: int) -> int:
-    """A whole number from 0 to `most` out of a stranger's file; 0 where it is anything else."""
+    """A whole number from 0 to `most` in an untrusted file; 0 for anything else."""
     return value if type(value) is int and 0 <= value <= most else 0

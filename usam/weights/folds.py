@@ -10,7 +10,7 @@ from typing import Any
 def check_start(
     path: Path, content: Mapping[str, Any], fold: int | None, data: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError where --init, a checkpoint's content, has seen cases of the run's `fold`.
+    """Raises ValueError if --init, a checkpoint's content, has seen cases of the run's `fold`.
 
     data: what the run's checkpoints say of it. A checkpoint of the same store must have been
     trained with the same fold, and one of the same data set prepared differently with that fold

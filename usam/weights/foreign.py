@@ -51,7 +51,7 @@ HUGGING_FACE = (
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """What weights are, for messages: "SAM vit_b weights", "LiteMedSAM weights (vit_t)", ...
+    """The kind of weights as text: "SAM vit_b weights", "LiteMedSAM weights (vit_t)", ...
 
     Names not seen before are described by their number and the first of them.
     """

@@ -62,7 +62,7 @@ def load_for_inference(
 
 
 def answers_text(args: Namespace) -> dict[str, str]:
-    """What an answer comes from, for reports: the checkpoints, and the views if several."""
+    """The source of predictions, for reports: the checkpoints, and the views if several."""
     names = ", ".join(map(str, [args.resume, *(args.ensemble or ())]))
     facts = {"checkpoint": names + (", averaged" if args.ensemble else "")}
     if args.tta:
@@ -71,7 +71,7 @@ def answers_text(args: Namespace) -> dict[str, str]:
 
 
 def averaged(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint with its average, where it holds one, in place of the last weights."""
+    """A checkpoint with its averaged weights, if it has them, in place of the last ones."""
     rest = {key: value for key, value in state.items() if key != "average"}
     if "average" in state:
         rest["model"] = {**state["model"], **state["average"]["weights"]}

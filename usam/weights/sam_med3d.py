@@ -1,4 +1,4 @@
-"""Published SAM-Med3D checkpoints in, every name and shape checked.
+"""Loads published SAM-Med3D checkpoints, with every name and shape checked.
 
 u-sam.py reads a file here first, for the layout it holds, then loads it into the built network.
 """

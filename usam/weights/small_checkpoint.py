@@ -1,4 +1,4 @@
-"""Checkpoints without SAM's frozen encoder: what they leave out, and how it comes back.
+"""Checkpoints without SAM's frozen encoder: what they leave out, and how it is restored.
 
 `usam.run_folder` leaves it out where `--small_checkpoints` asks for it; `usam.weights` brings it
 back.
@@ -22,7 +22,7 @@ from usam.weights.foreign import stride_of
 def base_of_run(
     saved: Mapping[str, Any] | None, *, small: bool, tuning: str, sam_weights: Path | None
 ) -> dict[str, str] | None:
-    """What the small checkpoints of a training run say of the SAM file they belong to.
+    """What the small checkpoints of a training run record about their SAM file.
 
     None for whole checkpoints. saved: what the run goes on from. small: whether small ones are
     asked for. sam_weights: the file a fresh run starts from. Raises ValueError where checkpoints
@@ -54,7 +54,7 @@ def is_base(name: str) -> bool:
 def completed(
     saved: Mapping[str, Any], source: Path, sam_weight: str | Path | None
 ) -> dict[str, Any]:
-    """A checkpoint with the encoder that a small one leaves out; others come back as they are.
+    """A checkpoint with the encoder that a small one leaves out; others are returned unchanged.
 
     source: the checkpoint's path. sam_weight: SAM's file, as `--sam_weight` names it; without one
     it is looked for where it was and in weight/. Raises FileNotFoundError or ValueError that says
@@ -83,7 +83,7 @@ TO_DO = "pass --sam_weight with the file its training started from"
 
 
 def find_base(base: Mapping[str, str], source: Path, sam_weight: str | Path | None) -> Path:
-    """Where the SAM file of a small checkpoint lies; raises FileNotFoundError saying what it is."""
+    """The path of a small checkpoint's SAM file; FileNotFoundError says which file is needed."""
     given = [] if sam_weight in (None, "none") else [Path(sam_weight)]
     name = Path(base["file"]).name
     places = given or [Path(base["file"]), sam_file.SAM_FOLDER / name]

@@ -1,4 +1,4 @@
-"""Torch files from anywhere: no code runs, no bit is off and nothing grows beyond the file's size.
+"""Reads untrusted torch files: runs no code, checks every bit, limits memory to the file's size.
 
 `usam.weights` and `usam.weights3d` read every checkpoint, ours or a stranger's, through here.
 """
@@ -67,7 +67,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def is_state_dict(content: object) -> bool:
-    """Whether something read from a file is tensors by name and nothing else."""
+    """Whether a value read from a file is a mapping of names to tensors and nothing else."""
     return isinstance(content, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     )
@@ -104,7 +104,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_pickle(code: bytes) -> None:
-    """Raises UnpicklingError for a pickle that names or calls anything but CALLED and NAMED.
+    """Raises UnpicklingError for a pickle that names or calls anything outside CALLED and NAMED.
 
     Follows the stack as far as names go: a name may reach a call through the memo only.
     """
@@ -137,7 +137,7 @@ def _allow(name: str, allowed: object) -> None:
 
 
 def _pop(stack: list[str | None], opcode: pickletools.OpcodeInfo) -> None:
-    """Take off the stack what an opcode takes; down to the last mark where it wants one."""
+    """Pop what an opcode takes from the stack; down to the last mark if it needs one."""
     if pickletools.markobject in opcode.stack_before:
         while stack and stack.pop() != "(mark)":
             pass

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: SAM's official checkpoints and those of the published U-SAM code.
+"""Weights of other programs: SAM's official checkpoints and those of the published U-SAM code.
 
 u-sam.py starts training from the former (`initialize`) and reads its own and the latter for
 --resume (`read_checkpoint`).
@@ -52,7 +52,7 @@ def initialize(
     fold: int | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> str:
-    """Start `model` from SAM's weights; one line that says what came from where.
+    """Initialise `model` from SAM's weights; returns one line on what was loaded.
 
     init: a checkpoint of U-SAM to start from instead, that must not have seen the cases of `fold`
     of `data`, what checkpoints say of it; see `folds.check_start`. sam_weight: a file, `none`
@@ -97,7 +97,7 @@ def start_from(
     fold: int | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> str:
-    """Put those weights of another U-SAM's checkpoint into `model` that fit; one line on the rest.
+    """Load the fitting weights of a U-SAM checkpoint into `model`; returns a line on the rest.
 
     Tables of positions are resized to the model's token grid; what depends on the classes stays
     at init where their number differs. LoRA goes on as such where `model` has one and is added to
