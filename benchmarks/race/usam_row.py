@@ -140,6 +140,9 @@ def _stop(process: subprocess.Popen) -> int:
 
 
 def _check(code: int, folder: Path) -> int:
+    """The exit code; stopped before it could note signals is stopped as well, if it had saved."""
+    if code == -signal.SIGTERM and (folder / "last.pth").is_file():
+        return STOPPED
     if code not in (0, STOPPED):
         raise RuntimeError(f"u-sam.py ended with {code}, see {folder / 'output.txt'}")
     return code
