@@ -82,7 +82,8 @@ def plan(raw: Path, home: Path, programs: Path) -> None:
     table["numTraining"] = len(split["train"]) + len(split["val"])
     (target / "dataset.json").write_text(json.dumps(table), encoding="utf-8")
     command = [programs / "nnUNetv2_plan_and_preprocess", "-d", DATASET[7:10], "-c", "2d"]
-    call([*command, "-np", "1", "-npfp", "1"], environment(home, home), home, TO_PREPARE)
+    variables = environment(home, home) | {"nnUNet_n_proc_DA": "1"}  # planning refuses 0
+    call([*command, "-np", "1", "-npfp", "1"], variables, home, TO_PREPARE)
     prepared = home / "preprocessed" / DATASET
     (prepared / "splits_final.json").write_text(json.dumps([split]), encoding="utf-8")
     plans = json.loads((prepared / "nnUNetPlans.json").read_text(encoding="utf-8"))

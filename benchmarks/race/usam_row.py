@@ -39,9 +39,9 @@ def train(run: Run, store: Path, folder: Path) -> dict[str, Any]:
     if "--budget" in flags or "--epochs" in flags:
         code = _run(flags, folder, limit)
     else:
-        begun = _probe(flags, folder, start, limit)
+        ready = _probe(flags, folder, start, limit)
         epochs = fitting_epochs(
-            read_checkpoint(folder / "last.pth"), slices=_slices(run, store), begun=begun,
+            read_checkpoint(folder / "last.pth"), slices=_slices(run, store), ready=ready,
             now=time.monotonic() - start, limit=limit,
         )  # fmt: skip
         resumed = [*flags, "--epochs", str(epochs), "--resume", str(folder / "last.pth")]
@@ -75,19 +75,19 @@ def predict(folder: Path, store: Path, split: str) -> Labels:
 
 
 def fitting_epochs(
-    saved: dict[str, Any], *, slices: tuple[int, int], begun: float, now: float, limit: float
+    saved: dict[str, Any], *, slices: tuple[int, int], ready: float, now: float, limit: float
 ) -> int:
     """Epochs that fit `limit`, at least 1, from a checkpoint stopped `now` seconds after the start.
 
-    begun: seconds until the training began, which resuming costs once more. slices: of training and
+    ready: seconds until the training could start, which resuming costs once more. slices: of training and
     of validation.
     """
     progress, (train_slices, val_slices) = saved["progress"], slices
     done = max(progress["samples"], 1)
-    rate = (now - begun) / done  # seconds a slice, with the validations so far
+    rate = (now - ready) / done  # seconds a slice, with the validations so far
     if not progress["epoch"]:
         rate *= 1 + FORWARD * val_slices / train_slices
-    left = limit * (1 - MARGIN) - now - begun
+    left = limit * (1 - MARGIN) - now - ready
     return max(1, int((done + left / rate) / train_slices))
 
 
@@ -103,14 +103,14 @@ def _probe(flags: list[str], folder: Path, start: float, limit: float) -> float:
     manifest = folder / "manifest.json"  # written when all is ready to train
     while not manifest.is_file() and process.poll() is None and time.monotonic() < start + limit:
         time.sleep(0.05)
-    begun = time.monotonic() - start
+    ready = time.monotonic() - start
     if not manifest.is_file() and process.poll() is None:
         process.kill()
-        raise RuntimeError(f"the training had not begun after {begun:.0f} s; give more --minutes")
+        raise RuntimeError(f"the training had not started after {ready:.0f} s; give more --minutes")
     with suppress(subprocess.TimeoutExpired):
         process.wait(max(limit * PROBE, 3))
     _check(_stop(process), folder)
-    return begun
+    return ready
 
 
 def _run(flags: list[str], folder: Path, seconds: float) -> int:

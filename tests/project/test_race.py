@@ -72,11 +72,11 @@ def test_rows_of_one_seed_run_once_and_all_flags_but_new_ones_parse() -> None:
 def test_epochs_fit_what_is_left_of_the_time() -> None:
     saved = {"progress": {"samples": 100, "epoch": 1}}
     # 0.2 s a slice; 100 - 3 - 25 - 5 = 67 s are left: 335 slices and the 100 that were seen.
-    assert fitting_epochs(saved, slices=(105, 30), begun=5, now=25, limit=100) == 4
+    assert fitting_epochs(saved, slices=(105, 30), ready=5, now=25, limit=100) == 4
     # Before the first validation its 30 slices count a third each: 0.219 s, so 306 more, not 335.
     saved["progress"]["epoch"] = 0
-    assert fitting_epochs(saved, slices=(105, 30), begun=5, now=25, limit=100) == 3
-    assert fitting_epochs(saved, slices=(5000, 30), begun=5, now=25, limit=100) == 1
+    assert fitting_epochs(saved, slices=(105, 30), ready=5, now=25, limit=100) == 3
+    assert fitting_epochs(saved, slices=(5000, 30), ready=5, now=25, limit=100) == 1
 
 
 def test_the_paired_interval_is_of_differences_by_patient() -> None:
