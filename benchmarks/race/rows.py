@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 USAM, UNET, NNUNET = "u-sam", "unet", "nnunet"  # how a row is trained
+FORWARD = 1 / 3  # of a training step's time that a slice costs in validation, until it is measured
 BATCH = 8  # slices a step, of all rows but those of --recipe auto
 # From random weights: the rates that --dataset phantom takes by default.
 TINY = "--sam_model vit_tiny --sam_weight none --lr 8e-4 --lr_vit 4e-5 --lr_backbone 1e-3 --warmup"

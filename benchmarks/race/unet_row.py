@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.race.rows import BATCH, Run
+from benchmarks.race.rows import BATCH, FORWARD, Run
 from benchmarks.race.scores import Labels, predict_labels
 from dataset import SliceDataset, build_dataset
 from dataset.transforms import AUGMENTATIONS
@@ -59,7 +59,7 @@ class UNetRow:
         torch.manual_seed(run.seed)
         self.model = UNet(network, len(self.train_data.classes))
         self.best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
-        self.to_validate = 0.0  # seconds
+        self.to_validate, self.is_measured = 0.0, False  # seconds
 
     def data(self, split: str) -> SliceDataset:
         """The slices of a split."""
@@ -74,6 +74,7 @@ class UNetRow:
         loader = training_loader(
             self.train_data, batch_size=BATCH, num_workers=0, seed=self.run.seed
         )
+        ready = self.elapsed()
         while self.elapsed() + self.to_validate < limit:
             self.model.train()
             loader.batch_sampler.epoch = epoch
@@ -91,6 +92,9 @@ class UNetRow:
                 loss.backward()
                 optimizer.step()
                 steps += 1
+                if not self.is_measured:
+                    share = FORWARD * len(self.val_data) / (steps * BATCH)
+                    self.to_validate = (self.elapsed() - ready) * share
             epoch += 1
             self.validate(epoch - 1)
         if not steps:
@@ -108,7 +112,7 @@ class UNetRow:
         dice = rank_score(counts.summary(self.val_data.classes)["mean_dice"])
         if dice > self.best[0]:
             self.best = dice, epoch, copy.deepcopy(self.model.state_dict())
-        self.to_validate = time.monotonic() - start
+        self.to_validate, self.is_measured = time.monotonic() - start, True
         print(f"epoch {epoch}: validation Dice {dice:.4f}, {self.elapsed():.0f} s", flush=True)
 
     def predict(self, split: str) -> Labels:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.race.rows import ROOT, Run, usam_flags
+from benchmarks.race.rows import FORWARD, ROOT, Run, usam_flags
 from benchmarks.race.scores import Labels, predict_labels
 from dataset import build_dataset
 from usam.runtime.precision import select_precision
@@ -26,7 +26,6 @@ from usam.weights.usam import load_usam, read_checkpoint
 
 STOPPED = 75  # u-sam.py's exit code after SIGTERM
 PROBE, MARGIN = 0.1, 0.03  # shares of the time: to measure, and to leave unused
-FORWARD = 1 / 3  # of a training step's time that a slice costs in validation, until it is measured
 ENDLESS = 1_000_000  # epochs of the probe
 TO_SAVE = 120  # seconds that a stopped process has to save
 
@@ -79,8 +78,8 @@ def fitting_epochs(
 ) -> int:
     """Epochs that fit `limit`, at least 1, from a checkpoint stopped `now` seconds after the start.
 
-    ready: seconds until the training could start, which resuming costs once more. slices: of training and
-    of validation.
+    ready: seconds until the training could start, which resuming costs once more. slices: of
+    training and of validation.
     """
     progress, (train_slices, val_slices) = saved["progress"], slices
     done = max(progress["samples"], 1)
