@@ -34,6 +34,7 @@ MACHINE = (
      "too many processes or threads; use fewer --num_workers"),
     (r"PytorchStreamWriter|No space left on device", "writing a file failed; is the disk full?"),
 )  # fmt: skip
+IN_WORKER = "in DataLoader worker process"
 MAX_LENGTH = 600  # characters
 
 
@@ -52,8 +53,9 @@ def reason(error: BaseException) -> str | None:
     if isinstance(error, MemoryError):
         return "out of memory" + (f": {_cut(text)}" if text else "")
     if isinstance(error, INPUT_ERRORS):
-        line = re.sub(r"^[\w.]*Error: ", "", text.splitlines()[-1]) if text else ""
-        return _cut(line) or type(error).__name__
+        if IN_WORKER in text:
+            text = re.sub(r"^[\w.]*Error: ", "", text.splitlines()[-1])
+        return _cut(text) or type(error).__name__
     return None
 
 

@@ -26,6 +26,8 @@ def test_odd_json_gives_one_line() -> None:
 def test_a_workers_traceback_is_its_last_line() -> None:
     text = "Caught ValueError in DataLoader worker process 0.\nTraceback:\n  x\nValueError: label 9"
     assert reason(ValueError(text)) == "label 9"
+    text = "study: holds 2 DICOM series; choose one with --series NUMBER:\n  1: CT; 2: MR"
+    assert reason(ValueError(text)) == " ".join(text.split())
 
 
 @pytest.mark.parametrize(
