@@ -19,6 +19,11 @@ from usam.models.ensemble import Averaged
         (["background", "liver", "Kidney_R", "kidney_l"], (0, 1, 3, 2), ()),
         (["background", "left lung", "heart"], (0, 1, 2), ("left lung",)),
         (["background", "tumour", "bright spot"], (0, 1, 2), ()),
+        (["background", "RightKidney", "LeftKidney", "spleen"], (0, 2, 1, 3), ()),
+        (["background", "spleen", "rkid", "lkid", "gall", "rad", "lad"], (0, 1, 3, 2, 4, 6, 5), ()),
+        (["background", "lungleft", "lungright", "rib_r2", "rib_l2"], (0, 2, 1, 4, 3), ()),
+        (["background", "vertebra L1", "Lt lung", "Rt lung"], (0, 1, 3, 2), ()),
+        (["background", "left lung", "Left-Lung", "right lung"], (0, 3, 2, 1), ("Left-Lung",)),
     ],
 )
 def test_names_state_sides(names: list[str], ids: tuple, unpaired: tuple) -> None:
