@@ -23,8 +23,10 @@ class RaceTrainer(nnUNetTrainer):
     the final checkpoint; there is no validation on whole scans after it.
     """
 
-    def __init__(self, *given: object, **named: object) -> None:
-        super().__init__(*given, **named)
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device
+    ) -> None:  # the names that nnU-Net looks up
+        super().__init__(plans, configuration, fold, dataset_json, device)
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # nnU-Net takes all of the machine
         self.num_epochs = 100_000
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 50, 10
