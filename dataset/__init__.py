@@ -84,12 +84,14 @@ def build_dataset(
     fold: int | None = None,
     held_out: Collection[str] | None = None,
     stratified: bool = True,
+    random_contrast: bool = True,
     **extra: Any,
 ) -> SliceDataset:
     """The slices of a split ("train", "val", "test") as a Dataset; see SliceDataset for items.
 
     empty: share of the training slices that may be without foreground, from 0 (none) to 1 (all);
     None leaves it to the data set. `store` spares opening it again. input_mode: "2d" or "2.5d".
+    random_contrast: see SliceDataset.
     fold: see splits.case_numbers. held_out: ids of the training cases that validate, as a
     checkpoint lists them; None draws them by seed, by the rule of earlier checkpoints if not
     `stratified`. Validation may be empty (too few cases); training and test may not:
@@ -119,7 +121,7 @@ def build_dataset(
         )
     return SliceDataset(
         store, chosen, img_size=img_size, seed=seed, crop=DATASETS[name].crop,
-        input_mode=input_mode,
+        input_mode=input_mode, random_contrast=random_contrast,
         fold_digest=None if fold is None else fold_digest(read_fold(store.folder, fold)),
         held_out=None if fold is not None else sorted(held_out),
     )  # fmt: skip

@@ -138,7 +138,8 @@ class SliceDataset(StoreDataset):
     """Items `{"image": uint8 (C, H, W), "mask": uint8 (H, W), "id": str}` of a store's slices.
 
     `dataset[index]` is the same every time (CLAHE at clip limit 2.0); `dataset[index, epoch]` is
-    the training draw, random by (seed, epoch, index) alone, so workers change nothing. CLAHE runs
+    the training draw, random by (seed, epoch, index) alone, so workers change nothing; without
+    `random_contrast` it is the same as `dataset[index]`. CLAHE runs
     at the stored size, where the store asks for it; then the slice becomes img_size x img_size.
     `crop` is the share of the side cut off at each edge first. C is 1 for input_mode "2d", 3 for
     "2.5d": the slice between its neighbours in the case, whether those are of the data set or not.
@@ -154,6 +155,7 @@ class SliceDataset(StoreDataset):
         seed: int = 202307,
         crop: float = 0.0,
         input_mode: str = "2d",
+        random_contrast: bool = True,
         fold_digest: str | None = None,
         held_out: list[str] | None = None,
     ) -> None:
@@ -162,6 +164,7 @@ class SliceDataset(StoreDataset):
         self.img_size = img_size
         self.crop = crop
         self.input_mode = input_mode
+        self.random_contrast = random_contrast
         self.clahe = bool(store.index.get("clahe", False))
 
     @property
@@ -207,7 +210,7 @@ class SliceDataset(StoreDataset):
         index, epoch = key if isinstance(key, tuple) else (key, None)
         number, k = self.places[index]
         clip_limit = CLIP_LIMIT
-        if epoch is not None:
+        if epoch is not None and self.random_contrast:
             rng = np.random.default_rng((self.seed, epoch, index))
             clip_limit = float(rng.uniform(*CLIP_LIMITS))
         image, mask = (self._cropped(array) for array in self.store.read(number, k))

@@ -191,4 +191,13 @@ def _warp(image: Tensor, mask: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     return turned.to(image.dtype), labels[:, 0].to(mask.dtype)
 
 
-AUGMENTATIONS = {"published": augment, "strong": augment_strongly}  # by --augment
+def unchanged(image: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The batch as it is; arguments as in `augment`."""
+    return image, mask
+
+
+AUGMENTATIONS = {  # by --augment
+    "published": augment,
+    "strong": augment_strongly,
+    "none": unchanged,
+}

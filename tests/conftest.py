@@ -6,7 +6,9 @@ Recorded numbers ship in tests/data; real scans are looked for and skipped when 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 # One thread here and in every process a test starts: sums come out alike to the last bit, and
 # forked children meet no thread pool that did not survive the fork.
@@ -45,6 +47,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def keep_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`after-1` beside a run's folder holds what was there after the first epoch."""
+    from usam.training.checkpoint import CheckpointWriter
+
+    save = CheckpointWriter.save
+
+    def save_and_copy(self: CheckpointWriter, state: Any, *, as_best: bool, may_skip: bool) -> None:
+        save(self, state, as_best=as_best, may_skip=False)
+        self.finish()
+        if len((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
+            shutil.copytree(self.folder, self.folder.with_name("after-1"))
+
+    monkeypatch.setattr(CheckpointWriter, "save", save_and_copy)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

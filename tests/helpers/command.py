@@ -62,13 +62,13 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{folder}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def assert_same_run(found: Path, wanted: Path) -> None:
-    """Same log byte for byte, same state but for the flags that no number depends on."""
+def assert_same_run(found: Path, wanted: Path, *free: str) -> None:
+    """Same log byte for byte, same state but for the flags `free` and those no number needs."""
     assert (found / "log.jsonl").read_bytes() == (wanted / "log.jsonl").read_bytes()
     for name in ("last.pth", "best.pth"):
         states = [torch.load(run / name, weights_only=True) for run in (found, wanted)]
         for state in states:
-            for flag in ("output_dir", "resume", "sam_weight", "num_workers", *SAVING):
+            for flag in ("output_dir", "resume", "sam_weight", "num_workers", *SAVING, *free):
                 del state["args"][flag]
             del state["manifest"]  # with the revision, which may change while tests run
         first, second = (dict(leaves(state)) for state in states)

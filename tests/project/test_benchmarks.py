@@ -39,7 +39,8 @@ def table(printed: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("command", "ratio"),
-    [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("memory", 3),
+    [("train_step", 3), ("evaluate", 3), ("end_to_end", 3), ("cached", 3),
+     ("memory", 3),
      ("profile --what training --dtype bfloat16", 1)],
 )  # fmt: skip
 def test_a_quick_run_measures_every_row(command: str, ratio: int, printed: Printed) -> None:

@@ -24,7 +24,6 @@ from tests.helpers.layouts import slice_store
 from usam.cli.choices import ADAPTERS, TUNINGS
 from usam.models import lora
 from usam.models.usam import build_usam
-from usam.training.checkpoint import CheckpointWriter
 from usam.weights.small_checkpoint import is_base
 
 WAYS = list(product(ADAPTERS, TUNINGS))
@@ -62,20 +61,6 @@ def tidy(tmp_path: Path) -> Iterator[None]:
     """A way's folders go after its test: with their optimizers' state they take a gigabyte."""
     yield
     shutil.rmtree(tmp_path)
-
-
-@pytest.fixture
-def keep_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`after-1` beside a run's folder holds what was there after the first epoch."""
-    save = CheckpointWriter.save
-
-    def save_and_copy(self: CheckpointWriter, state: Any, *, as_best: bool, may_skip: bool) -> None:
-        save(self, state, as_best=as_best, may_skip=False)
-        self.finish()
-        if len((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1:
-            shutil.copytree(self.folder, self.folder.with_name("after-1"))
-
-    monkeypatch.setattr(CheckpointWriter, "save", save_and_copy)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

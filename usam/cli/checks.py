@@ -33,6 +33,10 @@ EXCLUSIVE = (
     ("merge", "eval", "--merge reads the output folders of earlier --eval runs"),
     ("merge", "predict", "--merge reads the output folders of earlier --eval runs"),
     ("merge", "resume", "--merge reads the output folders of earlier --eval runs"),
+    ("cache_embeddings", "eval", "--cache_embeddings is for training"),
+    ("cache_embeddings", "predict", "--cache_embeddings is for training"),
+    ("cache_embeddings", "serve", "--cache_embeddings is for training"),
+    ("cache_embeddings", "annotate", "--cache_embeddings is for training"),
     ("prompts", "box", "the file of --prompts replaces it"),
     ("prompts", "slice", "the file of --prompts replaces it"),
     ("prompts", "point", "the file of --prompts replaces it"),
@@ -168,3 +172,25 @@ def check_model_flags(args: Namespace) -> None:
         args.data_root = args.data_root[0]
     elif args.data_root and args.model == USAM:
         raise ValueError(f"--data_root names {len(args.data_root)} folders; give one")
+
+
+def check_cache(args: Namespace) -> None:
+    """Raises ValueError for --cache_embeddings where an embedding changes while training."""
+    if not args.cache_embeddings:
+        return
+    whose = f" ({args.resume} was trained so)" if args.resume else ""
+    if args.tuning != "decoder":
+        raise ValueError(
+            f"--cache_embeddings needs --tuning decoder: --tuning {args.tuning}{whose} trains "
+            "SAM's encoder"
+        )
+    if args.adapter != "none" and args.sam_model != "vit_t":
+        raise ValueError(
+            f"--cache_embeddings needs --adapter none or --sam_model vit_t: with --adapter u{whose}"
+            " SAM's encoder sees what the trained down path makes of a slice"
+        )
+    if args.augment != "none":
+        raise ValueError(
+            f"--cache_embeddings needs --augment none: --augment {args.augment}{whose} draws "
+            "slices anew in every epoch"
+        )

@@ -21,6 +21,7 @@ NAMES = ("seg", "nnunet")  # --names of label maps that --predict writes
 TTA = ("flip", "flip+rot")
 AUTO = Path("auto")  # --resume: the newest checkpoint
 OUTPUT_DIR = Path("chkpt")
+CACHE, CACHE_SIZE = Path("cache"), 20.0  # --cache_embeddings, --cache_size (GB)
 
 # The flags that --recipe sets; a flag that is given wins. `published` is the published training,
 # `strong` what validation cases of two stand-ins chose, see docs/evidence.md.

@@ -8,6 +8,7 @@ from typing import Any
 
 from usam.cli.choices import (
     ADAPTERS,
+    CACHE,
     DATASETS,
     INPUTS,
     MIXED,
@@ -173,13 +174,20 @@ FLAGS = (
          number(0), default=0.0, metavar="NORM", resume="decisive"),
     Flag("seed", "training", "random seed",
          whole(0, 2**63 - 1), default=202307, metavar="N", resume="decisive"),
+    Flag("cache_embeddings", "training",
+         "with --tuning decoder, and --adapter none or --sam_model vit_t: compute the embeddings "
+         "of SAM's frozen encoder once and keep them in this folder; without augmentation",
+         path, nargs="?", const=CACHE, metavar="FOLDER", model=USAM, shown="off; cache"),
+    Flag("cache_size", "training", "most that the folder of --cache_embeddings may take, in GB",
+         number(0), metavar="GB", model=USAM, shown="20", runs=("cache_embeddings",)),
     # ---------------------------------------------------------------------------------- recipe
     Flag("recipe", "recipe",
          "preset for the flags of this group: as published, or those that scored best in tests",
          choices=tuple(RECIPES), default="published", model=USAM, resume="kept"),
     Flag("augment", "recipe",
          "augmentation: published: quarter turns and flips; strong: small rotation, scale, shift, "
-         "gamma and noise", choices=("published", "strong"), default=_PUBLISHED["augment"],
+         "gamma and noise; none: slices as in evaluation",
+         choices=("published", "strong", "none"), default=_PUBLISHED["augment"],
          model=USAM, resume="decisive"),
     Flag("class_weights", "recipe",
          "weights of the classes in the cross-entropy, background first",

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from typing import Any, NoReturn
 
-from usam.cli.checks import check_flags, check_model_flags
+from usam.cli.checks import check_cache, check_flags, check_model_flags
 from usam.cli.choices import DATASET_DEFAULTS, MIXED, OUTPUT_DIR, RECIPES
 from usam.cli.flags import DEFAULTS, FLAGS, MED3D, REMOVED, USAM, Flag
 
@@ -161,6 +161,8 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
         args.sam_weight = args.sam_weight or own["sam_weight"]
     if args.model == USAM and args.recipe:
         defaults |= RECIPES[args.recipe]
+    if args.cache_embeddings and not saved:
+        defaults["augment"] = "none"
     for name, value in (defaults | described).items():
         given = getattr(args, name)
         if given is None:
@@ -169,6 +171,7 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
             raise ValueError(f"--{name} {given}, but {args.resume} was trained with {value}")
     if args.eval and args.model == USAM and args.prompt_mode == MIXED:
         args.prompt_mode = 0
+    check_cache(args)
 
 
 def check_removed(args: Namespace, trained: dict[str, Any]) -> None:

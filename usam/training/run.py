@@ -221,7 +221,9 @@ def next_command(args: Namespace, *, has_test_cases: bool) -> str:
 
 
 def prepare_model(args: Namespace, precision: Precision, task: Task) -> None:
-    """Apply activation checkpointing and compilation to the task's model, as the flags say."""
+    """Apply the cache of embeddings, activation checkpointing and compilation, as flags say."""
+    if args.model == "u-sam" and args.cache_embeddings:
+        task.cache_embeddings()
     if args.checkpoint_activations:
         checkpoint_activations(task.model)
     if should_compile(args.compile, args.model, precision.device):

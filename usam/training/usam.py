@@ -15,13 +15,15 @@ from dataset import SliceDataset, SliceStore, build_dataset, open_store
 from dataset.sides import sides
 from dataset.text import printable
 from dataset.transforms import AUGMENTATIONS, augment
-from usam.cli.choices import MIXED
+from usam.cli.choices import CACHE_SIZE, MIXED
 from usam.cli.values import jitter_pixels
 from usam.evaluation.pixels import PROMPT_SOURCES, count_pixels
 from usam.models.prompts import jittered, mixed_mode, prompts_from_masks
+from usam.models.sam_encoder import PROMPT_WIDTH
 from usam.models.size import count_parameters, multiply_accumulates
 from usam.models.usam import USam, build_usam
 from usam.runtime import processes
+from usam.runtime.embeddings import GB, EmbeddingCache, encoder_digest
 from usam.runtime.loaders import Batch, evaluation_loader, to_device
 from usam.runtime.precision import Precision
 from usam.runtime.processes import say
@@ -94,6 +96,19 @@ class USamTask:
         args = self.args
         return self.model.parameter_groups(args.lr, args.lr_vit, args.lr_backbone)
 
+    def cache_embeddings(self) -> None:
+        """Keep what the frozen encoder gives on disk, for training and validation alike."""
+        args, model = self.args, self.model
+        facts = args.sam_model, model.stride, model.preparation, args.img_size, self.precision
+        cells = args.img_size // model.stride
+        cache = EmbeddingCache(
+            model.embed, args.cache_embeddings, shape=(PROMPT_WIDTH, cells, cells),
+            encoder=encoder_digest(model.sam.image_encoder, *facts),
+            limit=GB * (CACHE_SIZE if args.cache_size is None else args.cache_size),
+        )  # fmt: skip
+        cache.describe(len(self.train_data) + len(self.val_data))
+        model.embed = cache
+
     def validate(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Dice of each class over all pixels of `batches`, from `val_loader`, of all processes."""
         mode = 0 if self.args.prompt_mode == MIXED else self.args.prompt_mode
@@ -120,7 +135,7 @@ class USamTask:
         )
         say(
             f"{args.dataset}: {len(self.train_data)} training slices, {len(self.val_data)} to "
-            f"validate on; {args.input} input, {args.augment} augmentation, class weights "
+            f"validate on; {args.input} input, --augment {args.augment}, class weights "
             f"{args.class_weights}"
         )
         describe_validation(args, self.val_data)
@@ -182,7 +197,7 @@ def load_split(
     return build_dataset(
         args.dataset, split, data_root=args.data_root, img_size=args.img_size,
         seed=args.seed, val_fraction=args.val_fraction, empty=args.empty, input_mode=args.input,
-        fold=args.fold, store=store, **held_out,
+        fold=args.fold, store=store, random_contrast=args.augment != "none", **held_out,
     )  # fmt: skip
 
 
