@@ -96,8 +96,9 @@ def run_epoch(case: Case, model: USam, store: SliceStore, num_workers: int, embe
     others = SliceDataset(store, places[-(case.images // 10) :], **given)
     loading = {"batch_size": case.batch, "num_workers": num_workers}
     optimizer = build_optimizer(model.parameter_groups(1e-4, 1e-5, 1e-5), 1e-4)
+    loader = training_loader(trained, seed=0, **loading)
     engine.train_one_epoch(
-        model, training_loader(trained, seed=0, **loading), fresh_state(model, optimizer, precision),
+        model, loader, fresh_state(model, optimizer, precision),
         step=SegmentationStep(device, unchanged), precision=precision,
         recipe=engine.Recipe(seed=0, total_samples=10**9),
     )  # fmt: skip

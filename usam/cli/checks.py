@@ -192,5 +192,5 @@ def check_cache(args: Namespace) -> None:
     if args.augment != "none":
         raise ValueError(
             f"--cache_embeddings needs --augment none: --augment {args.augment}{whose} draws "
-            "slices anew in every epoch"
+            "other slices in every epoch"
         )

@@ -32,7 +32,7 @@ class EmbeddingCache:
     another image. encoder: digest of all else that an embedding depends on, see `encoder_digest`.
     limit: bytes that `folder` may take; what does not fit is computed each time. Images are
     encoded one by one, so that an embedding does not depend on the batch it came in. Files are
-    written whole, so several processes may share a folder. A damaged file is computed anew.
+    written whole, so several processes may share a folder. A damaged file is replaced.
     Raises ValueError for a folder that cannot be written and a limit below one embedding.
     """
 
