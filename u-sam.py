@@ -32,7 +32,7 @@ def main(args: Namespace) -> None:
     answer at once.
     """
     from dataset.text import counted
-    from usam.cli.parser import fill_defaults
+    from usam.cli.parser import fill_defaults, is_training
     from usam.runtime import peers, processes
     from usam.runtime.precision import select_precision
     from usam.training.resume import find_checkpoint
@@ -63,14 +63,9 @@ def main(args: Namespace) -> None:
             train(args, precision, saved)
 
 
-def is_training(args: Namespace) -> bool:
-    """Whether the run trains, rather than evaluates, predicts, serves or converts."""
-    others = ("eval", "predict", "serve", "annotate", "export_lora", "export_weights", "merge")
-    return not any(getattr(args, other) for other in others)
-
-
 def train(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
     """Train, validate and save each epoch until --epochs; a signal saves and ends the run."""
+    from usam.planning.recipe import settle
     from usam.runtime.signals import StopRequest
     from usam.training.engine import train_one_epoch
     from usam.training.run import Run
@@ -79,11 +74,12 @@ def train(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None
     from usam.training.usam import USamTask
 
     with StopRequest() as stop:
+        plan = settle(args, precision, saved)
         make_task = SamMed3dTask if args.model == "sam-med3d" else USamTask
         task = make_task(args, precision, saved)
         task.describe()
         with training_lock(args.output_dir):
-            run = Run(args, precision, task, saved, stop)
+            run = Run(args, precision, task, saved, stop, plan)
             while not run.is_over:
                 run.begin_epoch()
                 if not run.state.unvalidated:  # else the run was stopped before its validation

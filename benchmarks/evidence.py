@@ -31,7 +31,7 @@ TEST_FRACTION = "0.28"  # of the anatomy's cases: 5 of 18
 COMMON = (
     "--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "64", "--epochs", "2",
     "--batch_size", "4", "--lr", "2e-3", "--lr_vit", "2e-4", "--lr_backbone", "5e-4",
-    "--val_fraction", "0.2", "--num_workers", "0",
+    "--val_fraction", "0.2", "--num_workers", "0", "--augment", "published",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ TINY = ("--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "32", "
         "--amp", "off", "--num_workers", "0")  # fmt: skip
 TRAINED = (*TINY, "--epochs", "3", "--batch_size", "4", "--accumulation_steps", "2",
            "--prompt_mode", "3", "--warmup", "--clip_max_norm", "1", "--val_fraction", "0.34",
-           "--dataset", "store")  # fmt: skip
+           "--dataset", "store", "--recipe", "published")  # fmt: skip
 AGAIN = tuple(word for word in TRAINED if word not in ("--sam_weight", "none"))  # with --resume
 EPOCHS = 3
 SAVING = ("save_every", "keep", "override", "world_size", "dist_url")  # and how it is launched

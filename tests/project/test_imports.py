@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "usam.prediction": BASE | {"usam.weights"},
     "usam.evaluation": BASE | {"usam.weights", "usam.prediction"},
     "usam.training": BASE | {"usam.weights", "usam.prediction", "usam.evaluation"},
+    "usam.planning": BASE | {"usam.weights", "usam.training"},
     "usam.serving": BASE | {"usam.weights", "usam.prediction"},
     "usam": {"usam.models"},  # the earlier import paths
 }

@@ -133,7 +133,7 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
     },
     "free": {  # where things lie, how they are saved, and what only other runs read
         "data_root": "elsewhere", "output_dir": "elsewhere", "resume": "auto", "override": True,
-        "patience": 9,
+        "patience": 9, "budget": 9.0,
         "save_every": 7, "keep": 5, "start_epoch": 1, "dist_url": "tcp://a:1", "world_size": 4,
         "checkpoint_activations": True, "recipe": "strong", "sam_weight": "a.pth",
         "init": "a.pth", "eval": True, "predict": "a.nii", "window": "b", "channel": 1,

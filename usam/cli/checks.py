@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
-from usam.cli.choices import AUTO, MODELS, VOLUMES
+from usam.cli.choices import AUTO, AUTO_RECIPE, DATASET_DEFAULTS, MODELS, VOLUMES
 from usam.cli.flags import FLAGS, MAX_WORKERS, MED3D, USAM
 
 SLICE_BOX, VOLUME_BOX = 4, 6  # numbers
@@ -18,6 +18,8 @@ EXPORTS = ("export_lora", "export_weights")
 # Two flags of which one at most may be given, and why.
 EXCLUSIVE = (
     ("predict", "eval", "they are separate runs"),
+    ("budget", "epochs", "both set the length of the training"),
+    ("budget", "resume", "a resumed run keeps its plan; a new plan is for a new training"),
     ("val_fraction", "fold", "both choose the validation cases"),
     *((name, run, f"--{name} only writes a file")
       for name in EXPORTS for run in ("eval", "predict", "serve", "annotate")),
@@ -54,6 +56,7 @@ def check_flags(parser: ArgumentParser, args: Namespace) -> None:
     check_pairs(parser, args)
     check_resume(parser, args)
     check_prompts(parser, args)
+    check_budget(parser, args)
     check_counts(parser, args)
 
 
@@ -121,6 +124,13 @@ def check_prompts(parser: ArgumentParser, args: Namespace) -> None:
         parser.error("--slice is for a --box of x1 y1 x2 y2")
     if args.lps and not (args.mm or args.prompts):
         parser.error("--lps needs --mm, or --prompts with coordinates in mm")
+
+
+def check_budget(parser: ArgumentParser, args: Namespace) -> None:
+    """Exits where --budget is given without --recipe auto, for which it is."""
+    recipe = args.recipe or DATASET_DEFAULTS.get(args.dataset, {}).get("recipe")
+    if is_given(args, "budget") and recipe != AUTO_RECIPE:
+        parser.error("--budget needs --recipe auto; with other recipes --epochs sets the length")
 
 
 def check_counts(parser: ArgumentParser, args: Namespace) -> None:

@@ -24,7 +24,7 @@ OUTPUT_DIR = Path("chkpt")
 CACHE, CACHE_SIZE = Path("cache"), 20.0  # --cache_embeddings, --cache_size (GB)
 
 # The flags that --recipe sets; a flag that is given wins. `published` is the published training,
-# `strong` what validation cases of two stand-ins chose, see docs/evidence.md.
+# `strong` what scored best in docs/evidence.md.
 RECIPES = {
     "published": {
         "augment": "published",
@@ -33,16 +33,23 @@ RECIPES = {
         "ema": 0.0,
     },
     "strong": {
-        "augment": "published",
+        "augment": "strong",
         "class_weights": "balanced",
         "foreground_share": 0.33,
         "ema": 0.98,
     },
 }
 
+AUTO_RECIPE = "auto"  # and this one plans them, with PLANNED, from the data and --budget
+PLANNED = (
+    *RECIPES["strong"], "sam_model", "sam_weight", "tuning", "img_size", "batch_size", "epochs",
+    "lr", "lr_vit", "lr_backbone", "warmup",
+)  # fmt: skip
+
 # What flags that are left out mean for a data set in a fresh training without --recipe: from random
 # weights, the phantom is learnt best with a low rate for the encoder, and in a few minutes.
 DATASET_DEFAULTS = {
+    "store": {"recipe": AUTO_RECIPE},
     "phantom": {
         "sam_weight": "none",
         "img_size": 112,

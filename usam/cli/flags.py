@@ -8,6 +8,7 @@ from typing import Any
 
 from usam.cli.choices import (
     ADAPTERS,
+    AUTO_RECIPE,
     CACHE,
     DATASETS,
     INPUTS,
@@ -27,6 +28,7 @@ from usam.cli.choices import (
 from usam.cli.values import (
     address,
     class_weights,
+    duration,
     jitter,
     millimetres,
     number,
@@ -182,8 +184,12 @@ FLAGS = (
          number(0), metavar="GB", model=USAM, shown="20", runs=("cache_embeddings",)),
     # ---------------------------------------------------------------------------------- recipe
     Flag("recipe", "recipe",
-         "preset for the flags of this group: as published, or those that scored best in tests",
-         choices=tuple(RECIPES), default="published", model=USAM, resume="kept"),
+         "preset for the flags of this group: published, strong (what scored best in tests), or "
+         "auto: these, the model and the sizes are planned from the data and --budget",
+         choices=(*RECIPES, AUTO_RECIPE), default="published", shown="published; store: auto",
+         model=USAM, resume="kept"),
+    Flag("budget", "recipe", "with --recipe auto: time to train in, such as 90s, 30m or 2h",
+         duration, model=USAM, metavar="TIME", shown="30m", resume="kept"),
     Flag("augment", "recipe",
          "augmentation: published: quarter turns and flips; strong: small rotation, scale, shift, "
          "gamma and noise; none: slices as in evaluation",

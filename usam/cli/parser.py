@@ -10,7 +10,14 @@ from argparse import Namespace
 from typing import Any, NoReturn
 
 from usam.cli.checks import check_cache, check_flags, check_model_flags
-from usam.cli.choices import DATASET_DEFAULTS, MIXED, OUTPUT_DIR, RECIPES
+from usam.cli.choices import (
+    AUTO_RECIPE,
+    DATASET_DEFAULTS,
+    MIXED,
+    OUTPUT_DIR,
+    PLANNED,
+    RECIPES,
+)
 from usam.cli.flags import DEFAULTS, FLAGS, MED3D, REMOVED, USAM, Flag
 
 NEGATIVE = re.compile(r"-\d+\.?\d*[eE][-+]?\d{1,3}", re.ASCII)
@@ -138,8 +145,9 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
 
     Training resumed from `saved` takes all its values from there, evaluation and prediction those
     that describe the model; the values of a given --recipe come first. A data set may have defaults
-    of its own for a fresh training without --recipe, see DATASET_DEFAULTS. A model trained on mixed
-    prompts is evaluated without prompts unless --prompt_mode is given.
+    of its own for a fresh training without --recipe, see DATASET_DEFAULTS. Flags that --recipe auto
+    is yet to plan stay None. A model trained on mixed prompts is evaluated without prompts unless
+    --prompt_mode is given.
     Raises ValueError where a flag contradicts the checkpoint's model, or --model does not have it.
     """
     described: dict[str, Any] = {}
@@ -152,15 +160,19 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
         names = [flag.name for flag in FLAGS if flag.resume == "model" and flag.fits(args.model)]
         described |= {name: known[name] for name in names if name in known}
     check_model_flags(args)
-    if saved and not (args.eval or args.predict or args.serve or args.annotate):
+    if saved and is_training(args):
         check_removed(args, saved["args"])
+        check_recipe(args, saved["args"])
         defaults |= {name: value for name, value in saved["args"].items() if name in defaults}
     if not saved and not args.recipe and args.dataset in DATASET_DEFAULTS:
         own = DATASET_DEFAULTS[args.dataset]
         defaults |= {name: value for name, value in own.items() if name in defaults}
-        args.sam_weight = args.sam_weight or own["sam_weight"]
-    if args.model == USAM and args.recipe:
-        defaults |= RECIPES[args.recipe]
+        args.sam_weight = args.sam_weight or own.get("sam_weight")
+        args.recipe = own.get("recipe")
+    if args.model == USAM and args.recipe == AUTO_RECIPE and not saved and is_training(args):
+        defaults = {name: value for name, value in defaults.items() if name not in PLANNED}
+    elif args.model == USAM:
+        defaults |= RECIPES.get(args.recipe, {})
     if args.cache_embeddings and not saved:
         defaults["augment"] = "none"
     for name, value in (defaults | described).items():
@@ -172,6 +184,21 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
     if args.eval and args.model == USAM and args.prompt_mode == MIXED:
         args.prompt_mode = 0
     check_cache(args)
+
+
+def is_training(args: Namespace) -> bool:
+    """Whether the run trains, rather than evaluates, predicts, serves or converts."""
+    others = ("eval", "predict", "serve", "annotate", "export_lora", "export_weights", "merge")
+    return not any(getattr(args, other) for other in others)
+
+
+def check_recipe(args: Namespace, trained: dict[str, Any]) -> None:
+    """Raises ValueError where --recipe auto is given to resume a run that was not planned."""
+    if args.recipe == AUTO_RECIPE != (recipe := trained.get("recipe", "published")):
+        raise ValueError(
+            f"--recipe auto plans new trainings only; {args.resume} was trained with --recipe "
+            f"{recipe}: leave it out"
+        )
 
 
 def check_removed(args: Namespace, trained: dict[str, Any]) -> None:

