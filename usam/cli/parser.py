@@ -175,6 +175,7 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
         defaults |= RECIPES.get(args.recipe, {})
     if args.cache_embeddings and not saved:
         defaults["augment"] = "none"
+        defaults.setdefault("tuning", "full")
     for name, value in (defaults | described).items():
         given = getattr(args, name)
         if given is None:
