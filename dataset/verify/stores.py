@@ -96,6 +96,10 @@ def _check_slices(
 ) -> None:
     if case.get("spacing"):
         z, y, x = case["spacing"]
+        sizes = np.linalg.norm(np.array(case.get("affine") or np.diag([x, y, z, 1])), axis=0)[:3]
+        if not np.allclose(sorted(sizes), sorted((z, y, x)), rtol=0.01):
+            checked.error(f"spacing {z:g} {y:g} {x:g} mm, but its affine has voxels of "
+                          f"{' x '.join(f'{size:.4g}' for size in sizes)} mm")  # fmt: skip
         checked.spacing = z, (y * x) ** 0.5
     pixels = [np.bincount(plane.ravel(), minlength=len(case["pixels"][0])) for plane in mask]
     if np.array(pixels).tolist() != case["pixels"]:

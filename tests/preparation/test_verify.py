@@ -152,6 +152,15 @@ def test_a_series_of_a_study_folder_is_chosen(tmp_path, capsys):
     assert "no series 3; it holds 2" in capsys.readouterr().out
 
 
+def test_a_spacing_that_differs_from_the_affine_is_found(clean, tmp_path):
+    shutil.copytree(clean / "store", tmp_path / "store")
+    path = tmp_path / "store" / "index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["cases"][0]["spacing"] = [1.0, 1.0, 1.0]
+    path.write_text(json.dumps(index), encoding="utf-8")
+    assert any("spacing 1 1 1 mm, but its affine" in f.what for f in verify(path.parent)[1])
+
+
 def test_choices_that_a_store_does_not_have_are_refused(clean, capsys):
     assert main([str(clean / "store"), "--series", "1"]) == 2
     assert "is read as store: leave out --series" in capsys.readouterr().err

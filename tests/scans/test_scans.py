@@ -21,7 +21,7 @@ from dataset.scans.find import files_of
 from dataset.scans.in_plane import body_box, crop, resample_in_plane
 from dataset.scans.orientation import SliceStack, from_canonical, to_canonical
 from dataset.scans.read import read_label, read_scan
-from dataset.scans.window import apply_window, parse_window, window_limits, window_misfit
+from dataset.scans.window import WINDOWS, apply_window, parse_window, window_limits, window_misfit
 from dataset.scans.write import write_label_map
 
 SHAPE = (7, 6, 5)  # x, y, z
@@ -250,6 +250,11 @@ def test_a_window_that_does_not_suit_a_scan_is_named():
     assert "leaves 1 grey value;" in window_misfit(hu + 3000, (-160, 240))
     assert "makes 99% of all voxels above black white" in window_misfit(hu * 4 + 3000, (-160, 240))
     assert window_misfit(np.full((2, 3, 3), 7), "percentile") == "every voxel is 7"
+    ct = np.random.default_rng(0).normal(40, 60, (5, 32, 32))
+    ct[:, :, :16] -= 1040  # air
+    assert all(window_misfit(ct, window) == "" for window in WINDOWS.values())
+    assert "is an offset missing?" in window_misfit(ct + 1024, (-160, 240))
+    assert window_misfit(ct + 1024, "percentile") == ""
 
 
 def test_percentiles_of_a_scan_with_few_bright_voxels_differ():
