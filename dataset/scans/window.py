@@ -25,6 +25,7 @@ MAX_SAMPLED = 2**24  # voxels that percentiles are taken from
 MAX_COUNTED = 2**20  # voxels that the body's values are taken from
 MIN_GREYS = 16  # of a scan in its window; fewer are a wrong window or no scan
 MAX_SATURATED = 0.95  # share of the voxels above black that may be white
+FATTEST = -200  # HU: fat is brighter, air and lungs are darker
 BODY = 0.25  # where the body starts between a scan's darkest and brightest values
 STORED_RANGE = (0.0, 1.0)  # CARE's own scale, for a store without a window
 
@@ -90,9 +91,10 @@ def window_misfit(slices: np.ndarray, window: Window) -> str:
     """The reason why a window does not suit a scan, as part of a sentence; empty if it does.
 
     slices (S, H, W) in the scan's units, of which at most 2^24 voxels are looked at. A window
-    suits if it leaves at least 16 grey values, at most 95 % of the voxels above black white, and
-    half of the body less than the window's width above it, as in a CT stored without its offset.
-    The body is what lies above the first quarter between the 1 % and 99 % percentiles.
+    suits if it leaves at least 16 grey values and at most 95 % of the voxels above black white.
+    Neither does it suit a CT stored without its offset: not 1 % of the voxels are as dark as air,
+    and half of the body lies more than the window's width above the window. The body is what lies
+    above the first quarter between the 1 % and 99 % percentiles.
     """
     step = math.ceil(math.sqrt(slices.size / MAX_SAMPLED))
     sample = slices[:, ::step, ::step]
@@ -116,7 +118,8 @@ def window_misfit(slices: np.ndarray, window: Window) -> str:
     few = sample.ravel()[:: sample.size // MAX_COUNTED + 1]
     darkest, brightest = np.percentile(few, (1, 99))
     body = few[few > darkest + BODY * (brightest - darkest)]
-    if body.size and (middle := float(np.median(body))) > top + (top - bottom):
+    middle = float(np.median(body)) if body.size else top
+    if darkest > FATTEST and middle > top + (top - bottom):
         return (
             f"the window {limits} lies below the body, half of which is above {middle:.4g}; is an "
             f"offset missing? The scan's values are {low:g} to {high:g}"
