@@ -237,7 +237,7 @@ def file_digest(path: Path | str) -> str:
 
 
 def blocks(path: Path | str) -> Iterator[bytes]:
-    """The bytes of a file, a part at a time."""
+    """The bytes of a file, in chunks."""
     with Path(path).open("rb") as stream:
         while block := stream.read(BLOCK):
             yield block

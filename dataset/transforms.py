@@ -24,7 +24,7 @@ MAX_NOISE = 0.06  # standard deviation, of images in [0, 1]
 
 
 class Draws(NamedTuple):
-    """What happens to each of N samples; tensors on the CPU."""
+    """The random draws for N samples; tensors on the CPU."""
 
     quarters: Tensor  # (N,) long in 0..3: quarter turns, as torch.rot90 turns
     flip: Tensor  # (N,) long: 0 up-down, 1 left-right, -1 none; after the turn
@@ -72,7 +72,7 @@ def augment(
 
 
 class StrongDraws(NamedTuple):
-    """What `--augment strong` does to each of N samples; tensors on the CPU."""
+    """The random draws of `--augment strong` for N samples; tensors on the CPU."""
 
     angle: Tensor  # (N,) float degrees, clockwise as shown
     scale: Tensor  # (N,) float, above 1 enlarges
@@ -166,7 +166,7 @@ def _permute(image: Tensor, mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor]
 
 
 def _inverse(quarters: int, flip: int) -> Tensor:
-    """(2, 2) long: the centred (y, x) a target pixel's value comes from, given its own (y, x)."""
+    """(2, 2) long: maps a target pixel's centred (y, x) to that of its source."""
     turn = torch.linalg.matrix_power(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), quarters).long()
     mirror = torch.tensor([-1 if flip == 0 else 1, -1 if flip == 1 else 1])
     return turn * mirror  # target -> before the flip (columns scaled) -> before the turn

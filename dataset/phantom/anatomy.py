@@ -100,7 +100,7 @@ def draw_case(job: Job) -> Entry:
     """The index entry of a patient drawn from a label map, with the arrays written."""
     volume = to_canonical(read_label(job.label, len(job.names) + 1))
     if volume.spacing is None or not volume.slices.any():
-        raise ValueError(f"{job.label}: expected a label map with a voxel size and some label")
+        raise ValueError(f"{job.label}: expected a label map with a voxel size and a label")
     rng = np.random.default_rng((job.seed, zlib.crc32(job.file.encode())))
     image, mask, affine = draw(volume, job.names, rng)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]

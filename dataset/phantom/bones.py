@@ -12,7 +12,7 @@ HEAD_RADIUS = 23.0  # mm, an adult's femoral head
 
 
 def sacrum_size(anatomy: Anatomy, z: float) -> NDArray[np.float64]:
-    """Half width and half depth (2,) mm of the sacrum, or below it of the coccyx."""
+    """Half width and half depth (2,) mm of the sacrum or, below it, the coccyx."""
     rise = np.clip((z - 2) / 55, 0, 1)
     return np.array([8 + 44 * rise**0.8, 5.5 + 9 * rise])
 

@@ -1,4 +1,4 @@
-"""Stores of drawn cases: used as they are where they fit, drawn where they do not."""
+"""Stores of drawn cases: reused if they match what is asked for, else drawn."""
 
 from __future__ import annotations
 

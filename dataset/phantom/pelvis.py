@@ -180,7 +180,7 @@ def _draw_slice(anatomy, z, pixel, lookup, dose, generator):
 
 
 def _label(maps: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Class ids (SIZE, SIZE): what fills at least half of a pixel; the larger share of the two."""
+    """Class ids (SIZE, SIZE): foreground if it fills half of a pixel; of two classes the larger."""
     table_ = np.zeros((2, 256), dtype=np.float32)
     table_[0, list(RECTUM)] = 1
     table_[1, Tissue.TUMOUR] = 1

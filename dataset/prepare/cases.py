@@ -91,7 +91,7 @@ def check_jobs(source: Source, jobs: Sequence[Job], test_fraction: float) -> Non
 
 
 def pack_all(work: Callable[[Any], Entry], jobs: Sequence[Any], workers: int) -> list[Entry]:
-    """Entries of all cases in order of file name; every case is tried before a fault is raised."""
+    """Entries of all cases, sorted by file name; all cases are tried before an error is raised."""
     entries, faults = [], []
     for job, result in each_case(work, jobs, workers=workers, title="preparing"):
         if isinstance(result, Exception):
@@ -174,7 +174,7 @@ def label_on(case: CaseFiles, image: ScanHeader, num_classes: int | None, truste
 
 
 def classes_or_numbers(source: Source, entries: Sequence[Entry]) -> list[Entry]:
-    """The source's class table; where nothing names the labels, class 1 to the highest id."""
+    """The source's class table; if the labels have no names, class 1 to the highest id."""
     if source.classes:
         return source.classes
     highest = 0

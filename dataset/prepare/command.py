@@ -51,22 +51,22 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m dataset.prepare",
-        description="Turn raw scans into a slice store that trains by --dataset store.",
+        description="Turn raw scans into a store for training with --dataset store or volumes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source",
         choices=(*LAYOUTS, "volumes", "anatomy"),
-        help="layout of --input; volumes (for --model sam-med3d) finds it out; anatomy: label maps"
-        " alone, scans drawn to fit them as a stand-in",
+        help="layout of --input; volumes (for --model sam-med3d): detected; anatomy: label maps,"
+        " to which CT scans are drawn",
     )
     parser.add_argument(
         "--input",
         type=Path,
         required=True,
         nargs="+",
-        help="folder of the release; volumes: one or more ROOT/CLASS/MODALITY_DATASET too",
+        help="folder of the raw data; volumes: also several roots with CLASS/MODALITY_DATASET",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the new store")
     parser.add_argument(
@@ -76,30 +76,44 @@ def build_parser() -> argparse.ArgumentParser:
         help="LOW HIGH (HU), percentile (MR: 0.5 to 99.5 %% of each scan) or a preset:"
         f" {', '.join(WINDOWS)}; -160 240 unless dataset.json says it is not CT",
     )
-    parser.add_argument("--spacing", type=_positive, help="in-plane mm a pixel; native by default")
-    parser.add_argument("--body_crop", action="store_true", help="cut slices to the patient")
-    parser.add_argument("--clahe", action="store_true", help="training applies CLAHE (as for CARE)")
+    parser.add_argument(
+        "--spacing",
+        type=_positive,
+        help="in-plane pixel size in mm to resample to (default: the scan's own)",
+    )
+    parser.add_argument("--body_crop", action="store_true", help="crop slices to the patient")
+    parser.add_argument(
+        "--clahe", action="store_true", help="apply CLAHE when slices are read, as for CARE"
+    )
     _add_case_flags(parser)
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace files in --output that this program did not write",
     )
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), help="number of worker processes"
+    )
     return parser
 
 
 def _add_case_flags(parser: argparse.ArgumentParser) -> None:
     """The flags for choosing cases, naming labels and splitting."""
-    parser.add_argument("--channel", type=int, help="which of several channels, from 0")
     parser.add_argument(
-        "--series", type=int, help="which of several DICOM series in a case's folder, from 1"
+        "--channel", type=int, help="number of the channel to use in files with several, from 0"
     )
     parser.add_argument(
-        "--labels", type=Path, help="folder, volumes: the labels, --input being the images"
+        "--series",
+        type=int,
+        help="number of the DICOM series to use in folders with several, from 1",
     )
     parser.add_argument(
-        "--classes", nargs="+", help="folder, volumes, anatomy: names of the labels 1, 2, ..."
+        "--labels",
+        type=Path,
+        help="folder and volumes: the labels, where --input holds the images",
+    )
+    parser.add_argument(
+        "--classes", nargs="+", help="folder, volumes and anatomy: names of the labels 1, 2, ..."
     )
     parser.add_argument("--folds", type=int, help="write cross-validation folds to splits.json")
     parser.add_argument(
@@ -108,12 +122,22 @@ def _add_case_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the cases held out for testing where the source has no test split",
     )
-    parser.add_argument("--seed", type=int, default=202307, help="of folds and held-out cases")
     parser.add_argument(
-        "--ignore_label_affine", action="store_true", help="trust the order of a label's voxels"
+        "--seed",
+        type=int,
+        default=202307,
+        help="random seed of the folds and of the held-out cases",
     )
     parser.add_argument(
-        "--min_volume", type=_volume, default=1.0, help="volumes: smallest structure in cm3 (1)"
+        "--ignore_label_affine",
+        action="store_true",
+        help="accept labels whose affine differs from the image's, trusting the voxel order",
+    )
+    parser.add_argument(
+        "--min_volume",
+        type=_volume,
+        default=1.0,
+        help="volumes: smallest structure to use as an object, in cm3 (default: 1)",
     )
 
 
@@ -165,9 +189,9 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{args.source}: {as_it_is}leave out --{useless[0]}")
         return
     if args.source != "folder" and (args.labels or args.classes):
-        parser.error("--labels and --classes belong to the sources folder and volumes")
+        parser.error("--labels and --classes are for the sources folder and volumes")
     if "min_volume" in given:
-        parser.error("--min_volume belongs to the source volumes")
+        parser.error("--min_volume is for the source volumes")
 
 
 def _summary_from_flags(args: argparse.Namespace) -> list[str]:

@@ -60,7 +60,7 @@ def prepare_scans(
     workers: int = 1,
     overwrite: bool = False,
 ) -> tuple[Entry, list[str]]:
-    """(index, lines on what was left out) of the store made of a source's cases.
+    """Makes a store of a source's cases: (index, lines on what was left out).
 
     Cases packed before from the same files with the same options are kept as they are. The store
     that is there stays until the new one is whole. Raises ValueError, one line a fault, if a case
@@ -123,7 +123,7 @@ def pack_case(job: Job) -> Entry:
 
 
 def _pack_image(job: Job) -> tuple[np.ndarray, dict[str, Any], Scan]:
-    """uint8 slices, what the index keeps of them, and the scan's header with an empty array."""
+    """uint8 slices, their entries for the index, and the scan's header with an empty array."""
     options = job.options
     scan = read_scan(job.case.image, job.case.channel, job.case.series)
     volume = to_canonical(scan)
@@ -149,7 +149,7 @@ def _pack_image(job: Job) -> tuple[np.ndarray, dict[str, Any], Scan]:
 
 
 def _check_window(job: Job, slices: np.ndarray) -> None:
-    """Raises ValueError for a fixed window that loses what the scan's own percentiles would keep.
+    """Raises ValueError if a fixed window does not suit a scan whose own percentiles would.
 
     A scan of one value, or of a few, is no fault of the window.
     """
@@ -187,10 +187,10 @@ def _options_before(output: Path) -> Entry:
 def _changed_lines(before: Entry, index: Entry, folds: int | None) -> list[str]:
     """How the store differs from the previous one, `before`."""
     lines = [
-        f"replaces a store of another {name}: {index[name]} (was {value})"
+        f"replaces a store with another {name}: {index[name]} (was {value})"
         for name, value in before.items()
         if name != "folds" and index[name] != value
     ]
     if before.get("folds") and not folds:
-        lines.append("the folds of the store before are gone; --folds writes them")
+        lines.append("the previous store's folds are gone; pass --folds to write new ones")
     return lines

@@ -61,7 +61,7 @@ def class_table(names: Sequence[str]) -> list[dict[str, Any]]:
     Raises ValueError for more than MAX_LABEL names.
     """
     if len(names) > MAX_LABEL:
-        raise ValueError(f"{len(names)} classes; at most {MAX_LABEL} can be told apart")
+        raise ValueError(f"{len(names)} classes; at most {MAX_LABEL} are supported")
     colors = class_colors(None, len(names) + 1)
     return [
         {"id": number, "name": name, "color": color}
@@ -143,7 +143,7 @@ def find_nnunet(root: Path, channel: int | None = None) -> Source:
         listed = ", ".join(f"{number} {name}" for number, name in enumerate(channels))
         raise ValueError(f"{path}: several channels ({listed}); choose one with --channel")
     if channel is not None and not 0 <= channel < len(channels):
-        raise ValueError(f"{path}: no channel {channel}; it names {len(channels)}, from 0")
+        raise ValueError(f"{path}: no channel {channel}; channels are 0 to {len(channels) - 1}")
     window = ABDOMEN if channels[channel or 0].upper() == "CT" else "percentile"
     classes = class_table(_nnunet_names(path, labels))
     source = paired_splits(Source("nnunet", root, classes, [], window), channel)
@@ -203,7 +203,7 @@ def _other_files(labels: Path) -> str:
     ends = sorted({path.suffix for path in files if not is_scan_name(path.name)} - {""})
     if not ends:
         return ""
-    return f", whose {', '.join(ends[:3])} files are no label maps; convert them to NIfTI"
+    return f", whose {', '.join(ends[:3])} files are not label maps; convert them to NIfTI"
 
 
 def with_series(source: Source, number: int | None) -> Source:

@@ -1,4 +1,4 @@
-"""The table at the end of `prepare`: what a store holds, in lines of text.
+"""The table at the end of `prepare`: the content of a store, in lines of text.
 
 Everything is counted from the index; no array is opened.
 """
@@ -88,7 +88,7 @@ def _missing_lines(index: dict[str, Any]) -> list[str]:
     cases, lines = index["cases"], []
     if not any(case["split"] == "test" for case in cases):
         lines.append(
-            "no test cases: --eval needs some (--test_fraction 0.2), or a fold to validate"
+            "no test cases, which --eval needs: pass --test_fraction 0.2, or evaluate a fold"
         )
     totals = np.sum([np.sum(case["pixels"], axis=0) for case in cases], axis=0)
     if absent := [row["name"] for row in index["classes"] if not totals[row["id"]]]:

@@ -36,7 +36,7 @@ def is_layout(root: Path) -> bool:
 
 
 def patient_of(case_id: str) -> str:
-    """What cases of one patient share: in SAM-Med3D's layout, all but the class."""
+    """The patient of a case: in SAM-Med3D's layout, its id without the class."""
     return case_id.split("/", 1)[-1]
 
 
@@ -68,7 +68,7 @@ def find_volumes(
         source = _find_layout(roots, channel)
     elif len(roots) > 1:
         other = next(root for root in roots if not is_layout(root))
-        raise ValueError(f"volumes: only folders of {LAYOUT} mix, {other} is not; prepare it alone")
+        raise ValueError(f"volumes: several --input must be {LAYOUT}; prepare {other} alone")
     else:
         source = _find_other(roots[0], labels, channel, classes)
     order = {"train": 0, "val": 1, "test": 2}

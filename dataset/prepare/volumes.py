@@ -157,7 +157,7 @@ def _read_label(job: Job, image: ScanHeader) -> Scan:
     label = label_on(job.case, image, num_classes, not options.ignore_label_affine)
     if options.binary is None:
         return label
-    where = f"{job.case.label}: {LAYOUT} has binary labels; multi-class: images and labels folders"
+    where = f"{job.case.label}: {LAYOUT} has binary labels; use images and labels folders"
     check_label_ids(label.array, 2, where)
     return Scan(label.array * np.uint8(options.binary), label.header)
 

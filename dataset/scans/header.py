@@ -144,7 +144,7 @@ def _place_remarks(header: ScanHeader) -> list[str]:
     if shear_mm(header.affine, header.shape) > SHEAR_LIMIT:
         lines.append(
             f"gantry tilt or shear of {shear_degrees(header.affine):.1f} degrees: ITK-based viewers"
-            " (3D Slicer, ITK-SNAP) cannot place its label map; nibabel can"
+            " (3D Slicer, ITK-SNAP) cannot show its label map in the right position; nibabel can"
         )
     return lines
 
@@ -171,7 +171,7 @@ def shear_degrees(affine: np.ndarray) -> float:
 
 
 def corners_apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
-    """The largest distance, in mm, between two places of a corner voxel of a grid of `shape`."""
+    """The largest distance, in mm, between a grid's corner voxels under two affines."""
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape[:3]) - 1)
     apart = corners @ (first - second)[:3, :3].T + (first - second)[:3, 3]
     return float(np.linalg.norm(apart, axis=1).max())

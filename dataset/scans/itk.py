@@ -54,13 +54,13 @@ class ItkFile:
 
 
 def open_itk(path: Path) -> ItkFile:
-    """An NRRD or MetaImage file with its header read; ValueError for what cannot be a volume."""
+    """An NRRD or MetaImage file with its header read; ValueError if it cannot be a volume."""
     is_nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
     text = _header_text(path)
     unit, facts, remarks = (_nrrd_facts if is_nrrd else _metaimage_facts)(path, text)
     detached = voxel_file(path)
     if detached is not None and not detached.is_file():
-        raise ValueError(f"{path}: its voxels should lie in {detached.name}, which is no file here")
+        raise ValueError(f"{path}: its voxels should lie in {detached.name}, which does not exist")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

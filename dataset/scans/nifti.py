@@ -149,7 +149,7 @@ def _place(
     codes = {name: int(stored[f"{name}_code"]) for name in ("sform", "qform")}
     for name, code in codes.items():
         if not 0 <= code <= MAX_FORM_CODE:
-            raise ValueError(f"{name}_code {code} is none of 0 to {MAX_FORM_CODE}")
+            raise ValueError(f"{name}_code {code} is not between 0 and {MAX_FORM_CODE}")
     unit = int(stored["xyzt_units"]) & SPACE_UNITS
     if unit not in MM_PER_UNIT:
         raise ValueError(f"xyzt_units names the unit {unit}; expected m, mm or micrometres")
@@ -172,7 +172,7 @@ def _place(
         if not np.isfinite(apart):
             remarks.append(f"its {name} holds NaN or infinity; sform used")
         elif apart > limit:
-            remarks.append(f"sform and {name} place voxels up to {apart:.3g} mm apart; sform used")
+            remarks.append(f"sform and {name} put voxels up to {apart:.3g} mm apart; sform used")
     return affine, tuple(remarks), facts
 
 

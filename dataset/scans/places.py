@@ -1,4 +1,4 @@
-"""Whether the slices of a series lie evenly on a line; if not, the reason why."""
+"""Whether the slices of a series are evenly spaced on a line; if not, the reason why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def places(heights: np.ndarray) -> list[list[int]]:
 
 
 def even_step(folder: Path, slices: Sequence[DicomSlice], normal: np.ndarray) -> np.ndarray:
-    """The step (3,) mm from slice to slice; ValueError where they do not lie evenly on a line."""
+    """The step (3,) mm from slice to slice; ValueError if they are not evenly spaced on a line."""
     positions = np.array([one.position for one in slices])
     if len(positions) == 1:
         return normal
@@ -65,7 +65,7 @@ def _off_line(positions: np.ndarray) -> float:
 def _why_uneven(
     slices: Sequence[DicomSlice], positions: np.ndarray, normal: np.ndarray, tolerance: float
 ) -> str:
-    """The reason why slices do not lie evenly on a line: shifted, missing or uneven gaps."""
+    """The reason why slices are not evenly spaced on a line: shifted, missing or uneven gaps."""
     heights = positions @ normal
     aside = positions - np.outer(heights, normal)
     gaps = np.diff(heights)

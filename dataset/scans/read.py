@@ -76,7 +76,7 @@ def read_scan(path: str | Path, channel: int | None = None, series: int | None =
                          f" (0 to {header.channels - 1})")  # fmt: skip
     channel = channel or 0
     if not 0 <= channel < header.channels:
-        raise ValueError(f"{path}: no channel {channel}; it has {header.channels}, from 0")
+        raise ValueError(f"{path}: no channel {channel}; channels are 0 to {header.channels - 1}")
     return _loaded(opened, channel)
 
 

@@ -177,7 +177,7 @@ def _opened(folder: Path, files: Sequence[DicomFile]) -> DicomSeries:
     copies = [uid for uid, count in Counter(file.uid for file in files).items() if count > 1]
     if copies:
         first, second = [file.path.name for file in files if file.uid == copies[0]][:2]
-        raise ValueError(f"{folder}: doubled: {first} and {second} are copies of one image")
+        raise ValueError(f"{folder}: duplicate: {first} and {second} are copies of one image")
     stated = [file for file in files if file.frame_of_reference]
     others = [f for f in stated if f.frame_of_reference != stated[0].frame_of_reference]
     if others:
@@ -237,7 +237,7 @@ def _check_alike(folder: Path, slices: Sequence[DicomSlice]) -> None:
 
 
 def _turn(first: DicomSlice, other: DicomSlice) -> float:
-    """The angle (rad) between the orientations of two slices; 0 where none is stated."""
+    """The angle (rad) between the orientations of two slices; 0 if none is stated."""
     if first.axes is None:
         return 0.0
     frames = [np.stack([*one.axes, np.cross(*one.axes)]) for one in (first, other)]
@@ -264,11 +264,11 @@ def _arranged(folder: Path, slices: Sequence[DicomSlice]) -> Arranged:
     groups = places(heights)
     counts = {len(group) for group in groups}
     if len(groups) == 1 and len(slices) > 1:
-        raise ValueError(f"{folder}: all {len(slices)} slices lie at one place")
+        raise ValueError(f"{folder}: all {len(slices)} slices lie at one position")
     if len(counts) > 1:
         twice = [slices[n] for n in max(groups, key=len)][:2]
         raise ValueError(
-            f"{folder}: doubled: {twice[0].name} and {twice[1].name} lie at the same place"
+            f"{folder}: duplicate: {twice[0].name} and {twice[1].name} lie at the same position"
         )
     volumes = _volumes([[slices[n] for n in group] for group in groups])
     for volume in volumes:
@@ -316,7 +316,7 @@ def _affine(first: DicomSlice, axes: np.ndarray, step: np.ndarray) -> np.ndarray
 
 
 def _volumes(by_place: list[list[DicomSlice]]) -> tuple[tuple[DicomSlice, ...], ...]:
-    """The volumes of a series with as many slices at every place, in order of what differs.
+    """The volumes of a series with equally many slices at each position, ordered by what differs.
 
     The first attribute that tells the slices of every place apart, alike at all places, counts;
     without one the instance numbers do.

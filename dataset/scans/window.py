@@ -111,8 +111,8 @@ def window_misfit(slices: np.ndarray, window: Window) -> str:
         )
     if counts[255] > MAX_SATURATED * above_black:
         return (
-            f"the window {limits} makes {counts[255] / above_black:.0%} of all voxels above black "
-            f"white; the scan's values are {low:g} to {high:g}"
+            f"the window {limits} shows {counts[255] / above_black:.0%} of the voxels above its "
+            f"lower limit as white; the scan's values are {low:g} to {high:g}"
         )
     bottom, top = window_limits(slices, window)
     few = sample.ravel()[:: sample.size // MAX_COUNTED + 1]

@@ -73,7 +73,7 @@ class Store:
 
     @property
     def cases(self) -> list[Entry]:
-        """Entries of the index, in order of file name; a case number is a place in this list."""
+        """Entries of the index, sorted by file name; a case number is an index of this list."""
         return self.index["cases"]
 
     @property
@@ -103,7 +103,7 @@ class Store:
         return arrays
 
     def shown(self, case_number: int) -> set[int]:
-        """The foreground classes that a case shows; of a volume those of its objects."""
+        """The foreground classes in a case; for a volume, those of its objects."""
         return shown(self.cases[case_number])
 
     def _check_unchanged(self) -> None:
@@ -227,7 +227,7 @@ def link_file(source: Path | str, target: Path | str) -> None:
 
 
 def shown(case: Entry) -> set[int]:
-    """The foreground classes that a case shows; of a volume those of its objects."""
+    """The foreground classes in a case; for a volume, those of its objects."""
     if "objects" in case:
         return set(case["objects"])
     return set((np.flatnonzero(np.sum(case["pixels"], axis=0)[1:]) + 1).tolist())

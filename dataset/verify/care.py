@@ -1,4 +1,4 @@
-"""Faults of a CARE release: its npz slices, its CSVs, and both together.
+"""Checks of a CARE release: its npz slices, its CSVs, and both together.
 
 Files are read by dataset.care, as for training.
 """
@@ -36,7 +36,7 @@ class SliceJob:
 
 
 def care_jobs(root: Path) -> tuple[list[SliceJob], list[Finding]]:
-    """The slices found, and the CSVs' faults: bad rows, ids without a file, no row."""
+    """The slices found, and findings on the CSVs: bad rows, missing files or rows."""
     jobs, findings = [], []
     for split in ("train", "test"):
         folder, table = root / split / f"{split}_npz", root / split / f"{split}_bbox.csv"
@@ -80,9 +80,9 @@ def check_slice(job: SliceJob) -> Checked:
     if low == high:
         checked.warning(f"every pixel is {low:g}")
     elif low < STORED_HU[0] or high > STORED_HU[1]:
-        checked.warning(f"values {low:g} to {high:g}; the release's lie about 0 to 1")
+        checked.warning(f"values {low:g} to {high:g}; expected about 0 to 1")
     if job.box is not None and not (min(job.box) >= 0 and max(job.box) <= max(image.shape)):
-        checked.warning(f"its box {list(job.box)} leaves the image of {image.shape}")
+        checked.warning(f"its box {list(job.box)} extends beyond the image of {image.shape}")
     return checked
 
 

@@ -36,13 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--source", choices=(*LAYOUTS, *STORES), help="layout of DIR; detected by default"
     )
-    parser.add_argument("--labels", type=Path, help="folder: the labels, DIR being the images")
-    parser.add_argument("--channel", type=int, help="which of several channels, from 0")
+    parser.add_argument(
+        "--labels", type=Path, help="layout folder: the labels, where DIR holds the images"
+    )
+    parser.add_argument(
+        "--channel", type=int, help="number of the channel to use in files with several, from 0"
+    )
     parser.add_argument(
         "--series", type=int, help="which of several DICOM series in a case's folder, from 1"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), help="number of worker processes"
+    )
     return parser
 
 

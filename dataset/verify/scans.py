@@ -1,4 +1,4 @@
-"""Faults of one labelled scan, and of all cases of a set together."""
+"""Checks of one labelled scan, and of all cases of a data set together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataset.prepare.sources import CaseFiles
 from dataset.scans.header import ScanHeader
 from dataset.scans.orientation import geometry_difference
 from dataset.scans.read import read_header, read_label, read_scan
+from dataset.text import counted
 
 TINY = 10  # voxels; fewer of a class are more often a mistake in drawing than an organ
 AIR_HU = (-2048.0, -500.0)  # between these lies the lowest value of a CT in HU
@@ -148,7 +149,8 @@ def check_counts(
         note("empty label: nothing but background", file)
     for class_id in np.flatnonzero((counts > 0) & (counts < TINY)):
         if class_id > 0:
-            checked.warning(f"class {class_id} has {counts[class_id]} voxels only", file)
+            voxels = counted(int(counts[class_id]), "voxel")
+            checked.warning(f"class {class_id} has only {voxels}", file)
 
 
 def relative(path: Path, root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Faults of a prepared store, of slices or volumes: index, arrays, records, splits.
+"""Checks of a prepared store, of slices or volumes: index, arrays, records, splits.
 
 Every array is read whole and compared with the index.
 """
@@ -20,6 +20,7 @@ from dataset.splits import person
 from dataset.store.folder import KINDS, MAX_INDEX_BYTES, SPLITS, Store
 from dataset.store.slices import SliceStore
 from dataset.store.volumes import measured
+from dataset.text import counted
 from dataset.verify.scans import Checked, Finding, check_counts, compare_cases
 
 PARTIAL = ("care", "phantom")  # sources that hold cases without foreground on purpose
@@ -29,7 +30,7 @@ MAX_WHITE = 0.95  # of the pixels that are not black
 
 @dataclass(frozen=True)
 class StoreJob:
-    """One case of a prepared store, by its place in the index."""
+    """One case of a prepared store, by its position in the index."""
 
     kind: type[Store]
     folder: Path
@@ -103,11 +104,11 @@ def _check_slices(
         checked.spacing = z, (y * x) ** 0.5
     pixels = [np.bincount(plane.ravel(), minlength=len(case["pixels"][0])) for plane in mask]
     if np.array(pixels).tolist() != case["pixels"]:
-        checked.error("the mask does not hold the pixels that the index counts")
+        checked.error("the mask's pixel counts differ from those in the index")
     greys = np.bincount(image.ravel(), minlength=256)
     number, not_black = int(np.count_nonzero(greys)), int(greys[1:].sum())
     if 1 < number < MIN_GREYS:
-        checked.warning(f"{number} grey values only; does the window suit the scan?")
+        checked.warning(f"only {counted(number, 'grey value')}; does the window suit the scan?")
     elif number > 1 and greys[255] > MAX_WHITE * not_black:
         checked.warning(f"{greys[255] / not_black:.0%} of all pixels above black are white")
 
@@ -116,7 +117,7 @@ def _check_volume(
     checked: Checked, case: dict[str, Any], image: np.ndarray, mask: np.ndarray
 ) -> None:
     if measured(mask) != (case["boxes"], case["pixels"]):
-        checked.error("the mask does not hold the objects that the index measures")
+        checked.error("the mask's objects differ from those in the index")
     if not np.isfinite(image).all():
         checked.error("values that are not finite")
 

@@ -51,7 +51,7 @@ def test_a_mistyped_flag_is_named_with_the_closest(
     [
         (["--ep", "3"], ["--ep: no such flag"]),  # not an abbreviation of --epochs
         (["--zzzz"], ["--zzzz: no such flag (--help"]),
-        (["train"], ["'train' belongs to no flag"]),
+        (["train"], ["'train' is an unexpected argument"]),
         (["--patience", "3"], ["--patience", "removed"]),
         (["--local-rank=0"], ["torchrun", "--use_env"]),
         (["--val_fraction=--"], ["--val_fraction", "'--' is not a value"]),

@@ -77,7 +77,7 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 3 and "bad.nii.gz" in done.stderr and "none.nii: no such" in done.stderr
-    assert errors[-1].endswith("2 of 4 scans were not segmented; see the errors above")
+    assert errors[-1].endswith("2 of 4 scans not segmented; see the errors above")
     assert "Traceback" not in done.stderr
     names = [f"{n}_{end}" for n in "ab" for end in ("overlay.png", "seg.json", "seg.nii.gz")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names

@@ -314,7 +314,7 @@ ODDITIES = {
     "tiny lesion": (
         voxels(LABEL, lambda a: np.where((a == 16) & (np.arange(6) != 2), 0, a)),
         LABEL,
-        "class 16 has 9 voxels only",
+        "class 16 has only 9 voxels",
     ),
     "copy in the same split": (
         both(copy(IMAGE, "imagesTr/word_0098.nii.gz"), copy(LABEL, "labelsTr/word_0098.nii.gz")),

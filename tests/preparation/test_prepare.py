@@ -358,7 +358,7 @@ def test_a_store_that_is_made_otherwise_says_so_and_what_it_lacks(tmp_path, caps
         build_dataset("store", "test", data_root=out)
     prepare("folder", images, out, *labels, "--window", "bone")
     told = capsys.readouterr().out
-    assert "replaces a store of another window" in told
+    assert "replaces a store with another window" in told
     assert "the folds of the store before are gone" in told
     assert "error: folder: images and labels are the same folder" in refused(
         capsys, "folder", "--input", images, "--labels", images, "--output", tmp_path / "b"

@@ -62,7 +62,7 @@ def test_labels_that_are_not_binary_are_refused(tmp_path: Path, capsys) -> None:
     text = refused(capsys, "--input", tmp_path / "in", "--output", tmp_path / "out")
     assert "1 of 3 cases cannot be packed" in text
     assert "many.nii.gz" in text
-    assert "has binary labels; multi-class: images and labels folders: label ids 2 are" in text
+    assert "has binary labels; use images and labels folders: label ids 2 are" in text
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -177,14 +177,14 @@ def test_empty_data_sets_are_refused(tmp_path: Path, capsys) -> None:
 def test_flags_that_do_nothing_are_refused(tmp_path: Path, capsys) -> None:
     for arguments, text in (
         (["volumes", "--clahe"], "volumes: leave out --clahe"),
-        (["word", "--min_volume", "2"], "--min_volume belongs to the source volumes"),
+        (["word", "--min_volume", "2"], "--min_volume is for the source volumes"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, "--input", str(tmp_path), "--output", str(tmp_path / "o")])
         assert text in capsys.readouterr().err
     scan(tmp_path / "a", "word_0001")
     inputs = ["--input", tmp_path / "a", tmp_path / "a", "--output", tmp_path / "o"]
-    assert "only folders of ROOT/CLASS" in refused(capsys, *inputs)
+    assert "several --input must be ROOT/CLASS" in refused(capsys, *inputs)
 
 
 def test_float_and_integer_scans_mix(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_window_that_does_not_suit_the_scans_is_a_warning(clean, tmp_path):
         del case["digests"]
     (store / "index.json").write_text(json.dumps(index), encoding="utf-8")
     found = [f.what for f in verify(store)[1] if f.level == "warning"]
-    assert "2 grey values only; does the window suit the scan?" in found
+    assert "only 2 grey values; does the window suit the scan?" in found
     assert any("of all pixels above black are white" in what for what in found), found
 
 

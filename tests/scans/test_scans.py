@@ -248,7 +248,9 @@ def test_a_window_that_does_not_suit_a_scan_is_named():
     assert window_misfit(hu, (-160, 240)) == window_misfit(hu, "percentile") == ""
     assert "leaves 2 grey values" in window_misfit((hu / 2000 + 0.5).clip(0, 1), (-160, 240))
     assert "leaves 1 grey value;" in window_misfit(hu + 3000, (-160, 240))
-    assert "makes 99% of all voxels above black white" in window_misfit(hu * 4 + 3000, (-160, 240))
+    assert "shows 99% of the voxels above its lower limit as white" in window_misfit(
+        hu * 4 + 3000, (-160, 240)
+    )
     assert window_misfit(np.full((2, 3, 3), 7), "percentile") == "every voxel is 7"
     ct = np.random.default_rng(0).normal(40, 60, (5, 32, 32))
     ct[:, :, :16] -= 1040  # air
@@ -440,7 +442,7 @@ def test_sform_and_qform_apart_are_named_with_their_distance(tmp_path):
     nib.save(image, tmp_path / "a.nii")
     scan = read_scan(tmp_path / "a.nii")
     np.testing.assert_allclose(scan.affine, lps_affine(), atol=1e-5)
-    assert scan.header.remarks == ("sform and qform place voxels up to 30 mm apart; sform used",)
+    assert scan.header.remarks == ("sform and qform put voxels up to 30 mm apart; sform used",)
 
 
 def test_a_tilted_scan_is_written_where_it_is_or_not_at_all_for_itk(tmp_path):

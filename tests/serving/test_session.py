@@ -94,5 +94,5 @@ def test_a_session_is_saved_placed_as_the_scan_and_read_again(session, tmp_path:
         one.change(3, lambda mask: mask.add(more))
     assert np.array_equal(again.labels, session.labels)
     (tmp_path / "marks.json").write_text('{"annotation": 1, "shape": [1, 2, 3]}')
-    with pytest.raises(ValueError, match="is of another scan or version"):
+    with pytest.raises(ValueError, match="it belongs to another scan or version"):
         opened(tmp_path / "scan.nii.gz").load(tmp_path / "marks.json")

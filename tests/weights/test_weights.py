@@ -176,7 +176,7 @@ def test_download_arrives_whole_under_its_name(server, tmp_path, monkeypatch):
 
 def test_damaged_download_is_refused_and_removed(server, tmp_path, monkeypatch):
     name = serve(server, b"half of it", "0123ab", monkeypatch)
-    with pytest.raises(ValueError, match="came damaged: MD5 .*, not 0123ab"):
+    with pytest.raises(ValueError, match="damaged download: MD5 .*, not 0123ab"):
         sam_file.download_sam(tmp_path / "weight" / name)
     assert list((tmp_path / "weight").iterdir()) == []
 

@@ -132,7 +132,7 @@ def unknown_text(unknown: list[str]) -> str:
     """The error message for unknown arguments, with the closest existing flag."""
     flag = next((word for word in unknown if word.startswith("-") and word != "--"), None)
     if flag is None:
-        return f"{unknown[0]!r} belongs to no flag"
+        return f"{unknown[0]!r} is an unexpected argument"
     name = flag.partition("=")[0].strip("-").replace("-", "_")
     if name in HINTS:
         return f"{flag}: no such flag; {HINTS[name]}"

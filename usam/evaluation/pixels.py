@@ -19,8 +19,8 @@ from usam.runtime.progress import progress_bar
 PROMPT_SOURCES = (  # by prompt mode
     "none",
     "boxes around the true masks",
-    "3 points a class in the true masks",
-    "3 points a class in the true masks and boxes around them",
+    "3 points per class in the true masks",
+    "3 points per class in the true masks and boxes around them",
 )
 AlterPrompts = Callable[[dict[str, Any], Batch], dict[str, Any]]
 

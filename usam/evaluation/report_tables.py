@@ -78,7 +78,7 @@ def rules(in_mm: bool) -> list[str]:
         f"share of both surfaces that lies within t {unit} of the other. Surfaces as in Nikolov et "
         "al. 2018, computed by DeepMind's surface-distance. In a case of one slice they are the "
         "contours.",
-        f"Volume difference: predicted less true, in {volume} and in per cent of the true volume; "
+        f"Volume difference: predicted minus true, in {volume} and in per cent of the true volume; "
         "without a true volume there is no percentage.",
         "Lesions: connected pieces of the truth (26 neighbours), of every class. One is detected "
         "if any voxel of it is predicted as its class; a case without any has no detection rate. "
@@ -86,7 +86,7 @@ def rules(in_mm: bool) -> list[str]:
         f"Intervals: 95 % of the means of {RESAMPLES:,} sets of cases drawn with replacement.",
     ]
     if not in_mm:
-        lines.insert(0, "The data hold no spacing (give it with --spacing): distances are in "
+        lines.insert(0, "The data have no spacing (give it with --spacing): distances are in "
                      "pixels, with slices one pixel apart, and volumes in voxels.")  # fmt: skip
     return lines
 

@@ -21,7 +21,7 @@ SAMED_NAME = re.compile(r"w_([ab])_(\d{3})")
 
 
 class QueryValueLora(nn.Module):
-    """What LoRA adds to a fused projection: tokens (..., C) -> (..., 3C), its middle third 0.
+    """LoRA's addition to a fused projection: tokens (..., C) -> (..., 3C), the middle third 0.
 
     Queries move by b_q a_q x, values by b_v a_v x: a_* (rank, C) start as `nn.Linear` does, b_*
     (C, rank) at 0, so that a new one changes nothing. No scale and no dropout. Both products run

@@ -18,7 +18,7 @@ from usam.cli.choices import PROMPT_MODES
 def prompts_from_masks(
     mask: Tensor, num_classes: int, mode: int, generator: torch.Generator | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments for the model: `points` and `boxes`, None where the mode has none.
+    """Keyword arguments for the model: `points` and `boxes`, None if the mode has none.
 
     mask (N, H, W) integer in [0, num_classes); mode a key of PROMPT_MODES. With a CPU generator
     the prompts are random (training), without one fixed (evaluation).

@@ -279,7 +279,7 @@ class SamMed3d(nn.Module):
         return torch.cat(answers, dim=1)
 
     def parameter_groups(self, lr_vit: float, lr: float | None = None) -> list[dict[str, Any]]:
-        """AdamW groups of what is trained: the encoder at lr_vit, prompts and decoder at lr.
+        """AdamW groups of the trained parameters: encoder at lr_vit, prompts and decoder at lr.
 
         Without lr the latter are trained at a tenth of lr_vit, as published.
         """

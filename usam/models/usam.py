@@ -119,7 +119,7 @@ class USam(nn.Module):
         given = {"points": points and points[0], "boxes": boxes}
         for name, prompt in given.items():
             if prompt is not None and len(prompt) != len(image):
-                raise ValueError(f"{name} are for {len(prompt)} images, the batch has {len(image)}")
+                raise ValueError(f"{name}: {len(prompt)} given for a batch of {len(image)}")
 
     def normalise(self, image: Tensor) -> Tensor:
         """(N, 1 or 3, H, W) in [0, 1] -> (N, 3, H, W), normalised by the published mean and SD."""

@@ -48,7 +48,7 @@ def as_volume_prompts(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _kind(markup: Any) -> Any:
     if not isinstance(markup, dict):
-        raise ValueError(f"a markup is an object, found {markup!r:.80}")
+        raise ValueError(f"a markup must be a JSON object, found {markup!r:.80}")
     units = markup.get("coordinateUnits", "mm")
     if units != "mm":
         raise ValueError(f"coordinateUnits {units!r:.40}: expected mm")
@@ -61,7 +61,7 @@ def _points(markup: Mapping[str, Any]) -> list[list[float]]:
     controls = markup.get("controlPoints")
     for control in controls if isinstance(controls, list) else ():
         if not isinstance(control, dict):
-            raise ValueError(f"a control point is an object, found {control!r:.80}")
+            raise ValueError(f"a control point must be a JSON object, found {control!r:.80}")
         if control.get("positionStatus", "defined") == "defined":
             outside = str(control.get("label", "")).startswith("-")
             placed.append([*_ras(control.get("position"), markup), 0 if outside else 1])
@@ -76,7 +76,7 @@ def _box(markup: Mapping[str, Any]) -> list[float]:
         raise ValueError("the ROI is rotated; expected one along the axes")
     centre, size = _ras(markup.get("center"), markup), _plain(markup.get("size"))
     if len(size) != 3:
-        raise ValueError(f"an ROI's size is three numbers, found {markup.get('size')!r:.80}")
+        raise ValueError(f"an ROI's size must be three numbers, found {markup.get('size')!r:.80}")
     low = [c - s / 2 for c, s in zip(centre, size, strict=True)]
     high = [c + s / 2 for c, s in zip(centre, size, strict=True)]
     return [*low, *high]
@@ -89,7 +89,7 @@ def _ras(position: Any, markup: Mapping[str, Any]) -> list[float]:
         raise ValueError(f"coordinateSystem {system!r:.40}: expected LPS or RAS")
     numbers = _plain(position)
     if len(numbers) != 3:
-        raise ValueError(f"a position is three numbers, found {position!r:.80}")
+        raise ValueError(f"a position must be three numbers, found {position!r:.80}")
     return [sign * value for sign, value in zip(SIGNS[system], numbers, strict=True)]
 
 

@@ -216,7 +216,7 @@ def grown(box: Box, pixels: float, one: SliceObject, segmenter: SliceSegmenter) 
 
 
 def limited(logits: np.ndarray, limit: Box | None) -> np.ndarray:
-    """Logits (H, W) with nothing above 0 outside a box."""
+    """Logits (H, W), at most 0 outside a box."""
     if limit is None:
         return logits
     x1, y1, x2, y2 = (round(side) for side in limit)

@@ -32,7 +32,7 @@ SliceBox = tuple[int | None, float, float, float, float]
 
 @dataclass(frozen=True)
 class ScanPrompts:
-    """What a user marked in one scan for U-SAM; frames as in this module's docstring.
+    """A user's prompts in one scan for U-SAM; coordinates as in this module's docstring.
 
     points: (x, y, z, label), label 1 object or 0 background. boxes: (slice, x1, y1, x2, y2), slice
     None where the scan has only one. mm: points are in millimetres, boxes never.
@@ -155,7 +155,7 @@ def scan_prompts(
     """
     boxes, slices = boxes or [], slices or []
     if slices and len(slices) != len(boxes):
-        raise ValueError(f"{len(boxes)} --box and {len(slices)} --slice; give one for each other")
+        raise ValueError(f"{len(boxes)} --box but {len(slices)} --slice; give each --box one")
     numbers = slices or [None] * len(boxes)
     return ScanPrompts(
         points=tuple(_point(point) for point in points or []),
@@ -234,7 +234,7 @@ def _named(name: str, scans: Sequence[Path], source: Path) -> Path:
 def _read_json(path: Path) -> Any:
     """The content of a JSON file; ValueError for names given twice, NaN and infinities as well."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of prompts")
+        raise FileNotFoundError(f"{path}: no such prompts file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a list of prompts")
     try:
@@ -310,7 +310,7 @@ def _object(content: Any, number: int) -> ObjectPrompts:
     points, label = content.get("points", []), content.get("label", number)
     name = content.get("name", "object" if number == 1 else f"object {number}")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"an object's name is a text, found {name!r:.80}")
+        raise ValueError(f"an object's name must be text, found {name!r:.80}")
     if isinstance(label, bool) or not isinstance(label, int) or not 1 <= label <= MAX_LABEL:
         raise ValueError(
             f"{name}: label {label!r:.80}; expected a whole number from 1 to {MAX_LABEL}"

@@ -79,7 +79,8 @@ def predict_each(
             else:
                 tqdm.write(printable(text, keep="\n"))
     if number := int(reduce_sum(torch.tensor(failed, device=device))):
-        raise ValueError(f"{number} of {len(scans)} scans were not segmented; see the errors above")
+        total = counted(len(scans), "scan")
+        raise ValueError(f"{number} of {total} not segmented; see the errors above")
 
 
 def in_one_line(path: Path, error: Exception) -> Exception:

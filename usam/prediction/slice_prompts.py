@@ -18,7 +18,7 @@ from usam.prediction.prompts import ScanPrompts
 
 NOT_A_POINT = -1
 POINTS_PER_CLASS = 3  # in training
-OUTSIDE_CROP = "lies in the rim of the slice that the model never sees"
+OUTSIDE_CROP = "lies in the cropped margin of the slice, which the model does not see"
 
 
 @dataclass(frozen=True)

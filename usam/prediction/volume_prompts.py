@@ -13,7 +13,7 @@ from usam.prediction.windows import Voxel
 
 @dataclass(frozen=True)
 class MarkedObject:
-    """What a user marked of one object, in voxels of the volume.
+    """A user's prompts for one object, in voxels of the volume.
 
     clicks: (voxel, label), label 1 in the object and 0 outside; box: its first and last voxel;
     centre: the voxel in the middle of the first window, where one is chosen.

@@ -1,1 +1,1 @@
-"""What any run needs around a model: processes, devices, loaders, signals, progress, figures."""
+"""Everything around a model: processes, devices, loaders, signals, progress bars, figures."""

@@ -36,7 +36,7 @@ def loader_for(data: Dataset, num_workers: int, **options: Any) -> DataLoader:
 
 
 def evaluation_loader(data: Dataset, *, num_workers: int, batch_size: int) -> DataLoader:
-    """A loader over this process's share of `data`, each sample once among all processes."""
+    """A loader over this process's share of `data`; every sample belongs to exactly one process."""
     shard = EvaluationShard(len(data))
     return loader_for(data, num_workers, sampler=shard, batch_size=batch_size)
 

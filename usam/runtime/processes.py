@@ -77,7 +77,7 @@ def start(
             )
         return select_device(device, 0)
     if not 0 <= number < num_processes:
-        raise ValueError(f"process number {number} does not fit {num_processes} processes")
+        raise ValueError(f"process number {number} is too high for --world_size {num_processes}")
     if num_processes > 1 and device.startswith("cuda:"):
         raise ValueError(
             f"--device {device} would put all processes of a machine on one GPU; --device cuda "
@@ -236,7 +236,7 @@ def check_same_weights(model: nn.Module, epoch: int) -> None:
         return
     found = gather(torch.stack([fingerprint(tensor) for tensor in model.state_dict().values()]))
     if any(not torch.equal(other, found[0]) for other in found):
-        raise ValueError(f"weights differ between processes after epoch {epoch}: this is a defect")
+        raise ValueError(f"weights differ between processes after epoch {epoch}: this is a bug")
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

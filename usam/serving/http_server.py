@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         self._check_site()
         if route is None:
             known = any(path == url.path for _, path in self.server.routes)
-            raise RefusedError(405 if known else 404, f"no such request: {method} {url.path[:100]}")
+            raise RefusedError(405 if known else 404, f"unknown request: {method} {url.path[:100]}")
         if route.needs_key:
             self._check_key()
         body = self._body(route.max_bytes)
@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         name = re.sub(r":\d+$", "", host).strip("[]")
         if self.server.is_local and name not in LOOPBACK:
-            raise RefusedError(403, "this server answers to localhost only")
+            raise RefusedError(403, "this server only accepts requests to localhost")
         origin = self.headers.get("Origin")
         if origin is not None and origin != f"http://{host}":
             raise RefusedError(403, "requests from other sites are refused")
@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _body(self, max_bytes: int) -> bytes:
         if self.headers.get("Transfer-Encoding"):
-            raise RefusedError(411, "send the length of the request")
+            raise RefusedError(411, "the Content-Length header is missing")
         text = self.headers.get("Content-Length", "0")
         if not (text.isascii() and text.isdigit()):
             raise RefusedError(400, "Content-Length is not a number")

@@ -122,5 +122,5 @@ def scan_of_file(path: Path, channel: int | None = None) -> Scan:
     """A scan read from a file or DICOM folder."""
     scan = read_scan(path, channel)
     if scan.header.affine is None:
-        raise ValueError(f"{path}: has no place in space; --annotate needs a NIfTI, NRRD or DICOM")
+        raise ValueError(f"{path}: no scanner coordinates; --annotate needs NIfTI, NRRD or DICOM")
     return replace(scan)

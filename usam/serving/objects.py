@@ -66,7 +66,7 @@ class MarkedMask(ABC):
 
     @property
     def is_blank(self) -> bool:
-        """Whether nothing was marked."""
+        """Whether there are no marks."""
         return not self.marks and self.start is None
 
     def add(self, mark: Mark) -> None:

@@ -268,7 +268,7 @@ def set_do_autozoom(session: RemoteSession, request: Request) -> Reply:
 
 
 def reset_interactions(session: RemoteSession, request: Request) -> Reply:
-    """The next object; without an image there is nothing to do."""
+    """Start the next object; does nothing without an image."""
     if session.make is not None:
         session.reset()
     return Reply()
@@ -283,7 +283,7 @@ def add_point(session: RemoteSession, request: Request) -> Reply:
 
 
 def add_box(session: RemoteSession, request: Request) -> Reply:
-    """A box; it ends before its upper bounds."""
+    """A box; its upper bounds are exclusive."""
     content = read_json(request.body)
     session.opened()
     spans = half_open_box(content.get("bbox_coords"), "bbox_coords", session.shape)[::-1]

@@ -49,7 +49,7 @@ def serve(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -
         memory = f"its image, and up to {MAX_CACHE_BYTES >> 20} MiB of embeddings each"
         say(f"serving {remote.model.name} at http://{host}:{port} for "
             f"{counted(args.max_sessions, 'client')} ({memory}){', with a key' if key else ''}; "
-            "Ctrl-C ends it")  # fmt: skip
+            "press Ctrl-C to stop")  # fmt: skip
         run_until_stopped(server)
 
 
@@ -71,7 +71,8 @@ def annotate(
         key = key or secrets.token_urlsafe(16)  # other users of this machine may not look
         with Server((host, port), page.routes(), key=key, tick=page.tick) as server:
             address = f"http://{host}:{port}/#key={key}"
-            say(f"{describe(work)}; saving in {args.output_dir}\nopen {address}\nCtrl-C ends it")
+            say(f"{describe(work)}; saving in {args.output_dir}\nopen {address}")
+            say("press Ctrl-C to stop")
             if sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
                 webbrowser.open(address)
             try:

@@ -146,7 +146,7 @@ class ScanSession:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["annotation"] != FORMAT or content["shape"] != list(self.labels.shape):
-                raise ValueError("is of another scan or version")
+                raise ValueError("it belongs to another scan or version")
             for row in content["objects"]:
                 one = self.object(row["label"])
                 marks = [

@@ -76,7 +76,7 @@ class WorkList:
     def name(self, label: int, name: Any, color: Any = None) -> None:
         """Name a label and give it a colour; ValueError for a name in use, or none."""
         if not 1 <= label <= MAX_LABELS:
-            raise ValueError(f"label {label}: at most {MAX_LABELS} are kept")
+            raise ValueError(f"label {label}: at most {MAX_LABELS} are supported")
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ValueError("a label needs a name")
         name = " ".join(name.split())[:MAX_NAME]

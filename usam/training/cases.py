@@ -74,7 +74,7 @@ def describe_validation(args: Namespace, val_data: Data) -> None:
             "the last epoch; change --seed or --val_fraction")  # fmt: skip
     elif missing:
         say(f"warning: no validation case shows {', '.join(sorted(missing))}; the best epoch is "
-            "chosen without knowing how well that is found")  # fmt: skip
+            "chosen without a score for it")  # fmt: skip
     if args.val_fraction == 0 and getattr(args, "fold", None) is None:
         say("--val_fraction 0: best.pth is chosen on the test cases, as published")
 

@@ -1,4 +1,4 @@
-"""What an epoch counts on the device: losses, skipped steps, unreadable samples.
+"""Counts of an epoch kept on the device: losses, skipped steps, unreadable samples.
 
 A checkpoint saved within an epoch holds these counts, so that the resumed epoch ends with the same.
 """
@@ -127,7 +127,7 @@ class EpochSums:
 
 
 def own_share(rows: list[list[float]]) -> list[float]:
-    """This process's row of saved sums; after a change of process number rank 0 gets the total."""
+    """This process's saved sums; rank 0 gets the total if the number of processes changed."""
     if len(rows) == world_size():
         return rows[rank()]
     share = 1 if rank() == 0 else 0

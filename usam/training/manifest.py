@@ -94,7 +94,7 @@ def check_unchanged(args: Namespace, saved: Mapping[str, Any], facts: Mapping[st
 def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], decisive: Iterable[str]
 ) -> tuple[list[str], list[str]]:
-    """What differs between two runs' facts: what changes the result, and what is only printed.
+    """Differences between two runs' facts: those that change the result, and those only printed.
 
     decisive: the flags whose value changes the result. What only one of the two holds, as with
     checkpoints older than the manifest, is not compared.

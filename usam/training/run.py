@@ -200,7 +200,9 @@ class Run:
         self.writer.finish()
         self.stop.wait_for_all()
         epoch, step = state.progress.epoch, state.progress.step
-        where = f"in epoch {epoch} after {step} batches" if step else f"before epoch {epoch}"
+        where = f"before epoch {epoch}"
+        if step:
+            where = f"in epoch {epoch} after {counted(step, 'batch')}"
         if state.unvalidated:
             where = f"before the validation of epoch {epoch - 1}"
         say(f"stopped by a signal {where}; resume with --resume {folder / 'last.pth'}")

@@ -1,4 +1,4 @@
-"""The output folder of a training run: its log, its manifest and what an earlier run left there."""
+"""The output folder of a training run: its log, its manifest and files of an earlier run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def training_lock(path: Path) -> AbstractContextManager[None]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Remove what a run that was killed while saving left in its folder."""
+    """Remove files left in the folder by a run that was killed while saving."""
     sweep(path)
     for unfinished in path.glob(".*.pth.*.tmp"):
         unfinished.unlink()

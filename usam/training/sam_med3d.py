@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dataset import VolumeDataset, VolumeStore, build_volumes, open_volumes
 from dataset.crops import normalise
+from dataset.text import counted
 from usam.evaluation.clicks import click_dice, crops_to_device
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.models.size import count_parameters, multiply_accumulates
@@ -80,8 +81,9 @@ class SamMed3dTask:
         arithmetic = multiply_accumulates(self.model.image_encoder, *volume) / 1e9
         say(f"{count_parameters(parts)}; {arithmetic:.1f} G multiply-accumulates to encode a crop")
         train, val = self.train_data, self.val_data
-        say(f"{self.args.dataset}: objects of {len(train.case_ids)} cases to train on, "
-            f"{len(val)} objects of {len(val.case_ids)} to validate on")  # fmt: skip
+        train_cases, val_cases = (counted(len(data.case_ids), "case") for data in (train, val))
+        say(f"{self.args.dataset}: objects of {train_cases} to train on, "
+            f"{counted(len(val), 'object')} of {val_cases} to validate on")  # fmt: skip
         describe_validation(self.args, val)
 
 

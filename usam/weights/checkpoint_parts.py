@@ -1,4 +1,4 @@
-"""What each part of a checkpoint of ours must be, whoever wrote the file.
+"""Checks of the fields of a checkpoint of ours, which may come from anyone.
 
 `usam.weights` asks here before anything of a checkpoint is used.
 """
@@ -94,7 +94,7 @@ def check_parts(content: Mapping[str, Any], source: Path) -> None:
     if not wrong:
         wrong = [f"data/{key}" for key, fits in DATA.items() if key in data and not fits(data[key])]
     if wrong:
-        raise ValueError(f"{source}: its part {wrong[0]!r} is not as u-sam.py writes it")
+        raise ValueError(f"{source}: checkpoint field {wrong[0]!r} is malformed")
 
 
 def whole_number(value: object, *, most: int) -> int:

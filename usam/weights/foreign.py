@@ -1,4 +1,4 @@
-"""Weight files of other programs: what a file holds, by the names and shapes of its tensors."""
+"""Weight files of other programs, recognised by the names and shapes of their tensors."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def describe(state: Mapping[str, Tensor]) -> str:
     if any(LORA_A.fullmatch(name) for name in state):
         return f"LoRA of rank {rank_of(from_samed(state, ''))}, which --lora_weight reads"
     if any(name.startswith(("image_encoder.trunk.", "memory_attention.")) for name in state):
-        return "SAM 2 weights, which no model here reads"
+        return "SAM 2 weights, which are not supported"
     if any(".Adapter." in name for name in state):
-        return "SAM-Med2D weights, whose encoder has adapter layers that no model here has"
+        return "SAM-Med2D weights, which are not supported (their encoder has adapter layers)"
     size = encoder_name(state)
     if size is None:
         return f"{len(state)} tensors of an unknown model ({min(state)}, ...)"

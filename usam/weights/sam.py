@@ -167,7 +167,7 @@ def find_lite_medsam() -> Path:
 
 
 def load_sam_checkpoint(model: USam, path: str | Path) -> Report:
-    """Put SAM's official weights into `model`, in place, checked name by name.
+    """Load SAM's official weights into `model`, in place, checked name by name.
 
     The position embedding and the relative-position tables of global blocks are resized
     bilinearly to the model's token grid. Without the U-shaped adapter SAM's mask tokens serve the
@@ -260,7 +260,7 @@ def download_sam(path: Path) -> None:
             found = fetch(SAM_URL + path.name, temporary)
             if not found.startswith(promised):
                 raise ValueError(
-                    f"{path.name} came damaged: MD5 {found}, not {promised}...; {where}"
+                    f"{path.name}: damaged download: MD5 {found}, not {promised}...; {where}"
                 )
     except (OSError, HTTPException) as error:
         raise FileNotFoundError(f"no SAM checkpoint at {path} ({error}); {where}") from error

@@ -42,7 +42,7 @@ def load_or_initialize(args: Namespace, saved: dict[str, Any] | None) -> SamMed3
 def starting_weights(
     sam_model: str, sam_weight: str | Path | None
 ) -> tuple[Path | None, dict[str, Tensor] | None, int]:
-    """What --sam_weight names: the file, its tensors and how many point embeddings they have.
+    """The file that --sam_weight names, its tensors, and their number of point embeddings.
 
     sam_weight: a file, `none` for random weights (None, None, 2), or None for the published file
     in weight/, of the one size it has. Raises what load_sam_med3d_checkpoint raises.

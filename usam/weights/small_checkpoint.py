@@ -37,7 +37,9 @@ def base_of_run(
             "SAM's file: no --resume, --init or --sam_weight none"
         )
     if tuning == "full":
-        raise ValueError("--small_checkpoints needs --tuning lora or decoder; full changes it all")
+        raise ValueError(
+            "--small_checkpoints needs --tuning lora or decoder; full trains the encoder"
+        )
     return {"file": str(sam_weights), "sha256": sam_file.digest(sam_weights)}
 
 

@@ -37,7 +37,7 @@ NAMED = re.compile(
 
 
 def read_file(path: Path) -> Any:
-    """What a torch file holds, on the CPU; runs no code, and allows no object but a Namespace.
+    """The content of a torch file, on the CPU; runs no code and allows no object but Namespaces.
 
     Before torch sees it, the zip's checksums are compared, which torch does not, and what its
     pickle names is looked up. Raises FileNotFoundError, or ValueError in one line for a file that
@@ -59,7 +59,7 @@ def read_file(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name in a file that holds nothing else; see `read_file`."""
+    """The tensors by name of a file without any other content; see `read_file`."""
     content = read_file(path)
     if not is_state_dict(content):
         raise ValueError(f"{path}: wanted tensors by name, as SAM's checkpoints hold them")
@@ -133,7 +133,7 @@ def check_pickle(code: bytes) -> None:
 
 def _allow(name: str, allowed: object) -> None:
     if not allowed:
-        raise pickle.UnpicklingError(f"it asks for {name.replace(' ', '.'):.100}, no plain data")
+        raise pickle.UnpicklingError(f"{name.replace(' ', '.'):.100} is not plain data")
 
 
 def _pop(stack: list[str | None], opcode: pickletools.OpcodeInfo) -> None:

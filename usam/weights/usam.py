@@ -191,7 +191,7 @@ def from_published(content: Mapping[str, Any], source: Path) -> dict[str, Any]:
     ValueError naming tensors that are missing or unexpected; those without effect are left out.
     """
     if not is_state_dict(content["model"]):
-        raise ValueError(f"{source}: its part 'model' is not tensors by name")
+        raise ValueError(f"{source}: checkpoint field 'model' must map names to tensors")
     state = {name.removeprefix("module."): value for name, value in content["model"].items()}
     state = {name: value for name, value in state.items() if name not in UNUSED}
     sam_model, num_classes, img_size = sizes(state, source)
