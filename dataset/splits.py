@@ -56,7 +56,7 @@ def cross_validation(
 
 
 def balanced(parts: list[list[str]], shows: Shows | None) -> list[list[str]]:
-    """The parts, with single cases exchanged until each shows foreground and every class it can.
+    """The parts, with cases exchanged until each has foreground and as many classes as possible.
 
     A class that fewer cases show than there are parts is in as many parts as possible. Parts that
     lack nothing stay as they are.

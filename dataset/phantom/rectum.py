@@ -29,7 +29,7 @@ class Tumour:
     phases: NDArray[np.float64]
 
     def thickening(self, z: float) -> NDArray[np.float64]:
-        """Extra wall at each of ANGLES at height z (mm); (72,) mm."""
+        """Extra wall thickness at each of ANGLES at height z (mm); (72,) mm."""
         height = 1 - ((z - self.level) / self.half_height) ** 2
         if height <= 0:
             return np.zeros_like(ANGLES)

@@ -13,6 +13,8 @@ import numpy as np
 from dataset.prepare.sources import Source
 from dataset.text import counted
 
+NO_AIR = -300  # HU; scans without lower values are probably not CT
+
 
 def summary_lines(index: dict[str, Any], left_out: Iterable[str] = ()) -> list[str]:
     """Lines: cases and slices per split, voxels and slices per class, spacings, HU range."""
@@ -84,11 +86,16 @@ def _class_lines(index: dict[str, Any]) -> list[str]:
 
 
 def _missing_lines(index: dict[str, Any]) -> list[str]:
-    """Remarks on later problems: no test cases, classes without a voxel."""
+    """Remarks on later problems: no test cases, values unlike CT, classes without a voxel."""
     cases, lines = index["cases"], []
     if not any(case["split"] == "test" for case in cases):
         lines.append(
             "no test cases, which --eval needs: pass --test_fraction 0.2, or evaluate a fold"
+        )
+    lows = [case["range"][0] for case in cases if case.get("range")]
+    if lows and min(lows) > NO_AIR and isinstance(index.get("window"), list):
+        lines.append(
+            f"warning: no value is below {NO_AIR} HU, unlike in CT; for MR pass --window percentile"
         )
     totals = np.sum([np.sum(case["pixels"], axis=0) for case in cases], axis=0)
     if absent := [row["name"] for row in index["classes"] if not totals[row["id"]]]:

@@ -141,7 +141,7 @@ def dicom_files(folder: Path) -> list[Path]:
 
 
 def _list_text(found: Sequence[Sequence[DicomFile]]) -> str:
-    """A line that says of every series its number, modality, geometry and number of slices."""
+    """A line with the number, modality, geometry and number of slices of every series."""
     parts = [f"{n}: {_series_text(files)}" for n, files in enumerate(found[:LISTED_SERIES], 1)]
     more = [f"{len(found) - LISTED_SERIES} more"] if len(found) > LISTED_SERIES else []
     return "; ".join(parts + more)

@@ -154,7 +154,7 @@ def check_counts(
 
 
 def relative(path: Path, root: Path) -> str:
-    """The path as seen from root where it lies below it."""
+    """The path relative to root, if it is inside root."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 

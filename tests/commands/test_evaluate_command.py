@@ -16,6 +16,7 @@ import torch
 from dataset.files import write_json
 from dataset.splits import split_table
 from tests.helpers.command import TINY, assert_refused, run
+from tests.helpers.described import assert_described
 from tests.helpers.layouts import slice_store
 
 SHORT = (*TINY, "--epochs", "1", "--batch_size", "4", "--dataset", "store")
@@ -63,6 +64,7 @@ def test_a_run_leaves_curves_and_names_its_prompts(runs: Path) -> None:
     assert (runs / "fold0" / "curves.png").stat().st_size > 5000
     (line,) = (runs / "fold0" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["val"]["prompts"] == "boxes around the true masks"
+    assert_described(runs / "fold0")
 
 
 def test_evaluation_writes_scores_where_they_were_and_a_report(
@@ -80,6 +82,7 @@ def test_evaluation_writes_scores_where_they_were_and_a_report(
     assert result.out.count("prompts: boxes around the true masks") == 2
     assert str(tmp_path / "report" / "report.html") in result.out
     assert "warning" not in result.out
+    assert_described(tmp_path)
     spaced = evaluation(store, tmp_path / "mm", runs / "fold0" / "best.pth")
     assert run(capsys, *spaced, "--spacing", "5", "0.7", "0.7").code == 0
     again = json.loads((tmp_path / "mm" / "metrics.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ import torch
 
 from dataset.phantom import belly as phantom3d
 from tests.conftest import ROOT
+from tests.helpers.described import assert_described
 from usam.cli import parser
 from usam.models.sam_med3d import SamMed3d, build_sam_med3d
 from usam.training import engine
@@ -114,6 +115,7 @@ def test_evaluation_leaves_scores_and_curves(
     assert scores["objects"] == 1 and list(scores["classes"]) == ["aorta"]
     assert len((tmp_path / "clicks.csv").read_text(encoding="utf-8").splitlines()) == 5
     assert "10 clicks" in capsys.readouterr().out and (tmp_path / "clicks.png").exists()
+    assert_described(tmp_path)
 
 
 @pytest.fixture

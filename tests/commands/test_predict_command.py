@@ -18,6 +18,7 @@ import pytest
 from dataset.files import SCRATCH
 from dataset.scans.find import find_scans
 from tests.conftest import ROOT
+from tests.helpers.described import assert_described
 from tests.helpers.oracle import (
     DEPTH,
     SIDE,
@@ -71,7 +72,7 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
     words = ["--predict", good[0], bad, tmp_path / "none.nii", good[1], "--resume", tiny()]
     done = subprocess.run(
         [sys.executable, ROOT / "u-sam.py", *words, "--output_dir", tmp_path / "out",
-         *ON_CPU, "--overlay", "--largest_component", "--num_workers", "1"],
+         *ON_CPU, "--overlay", "--probabilities", "--largest_component", "--num_workers", "1"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
@@ -79,8 +80,10 @@ def test_one_bad_scan_does_not_stop_the_others(tmp_path, tiny):
     assert len(errors) == 3 and "bad.nii.gz" in done.stderr and "none.nii: no such" in done.stderr
     assert errors[-1].endswith("2 of 4 scans not segmented; see the errors above")
     assert "Traceback" not in done.stderr
-    names = [f"{n}_{end}" for n in "ab" for end in ("overlay.png", "seg.json", "seg.nii.gz")]
+    ends = ("overlay.png", "probabilities.nii", "seg.json", "seg.nii.gz")
+    names = [f"{n}_{end}" for n in "ab" for end in ends]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert_described(tmp_path / "out", names=("a", "b"))
     image = nib.load(tmp_path / "out" / "a_seg.nii.gz")
     assert image.shape == (SIDE, SIDE, DEPTH) and image.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(image.affine, nib.load(good[0]).affine)

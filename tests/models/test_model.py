@@ -227,8 +227,8 @@ def test_unknown_choices_are_refused(changes, message):
     [
         ((2, 1, 32, 32), {}, r"\(N, 1 or 3, 64, 64\), found \(2, 1, 32, 32\)"),
         ((2, 2, 64, 64), {}, "found"),
-        ((3, 1, 64, 64), {"boxes": BOXES}, "boxes are for 2 images, the batch has 3"),
-        ((1, 1, 64, 64), {"points": POINTS}, "points are for 2 images, the batch has 1"),
+        ((3, 1, 64, 64), {"boxes": BOXES}, "boxes: 2 given for a batch of 3"),
+        ((1, 1, 64, 64), {"points": POINTS}, "points: 2 given for a batch of 1"),
     ],
 )
 def test_input_that_does_not_fit_is_refused(shape, prompts, message):

@@ -351,7 +351,7 @@ def test_a_store_that_is_made_otherwise_says_so_and_what_it_lacks(tmp_path, caps
         path.rename(path.with_name(path.name.replace("_0000", "")))
     prepare("folder", images, out, *labels, "--folds", "2")
     told = capsys.readouterr().out
-    assert "no test cases: --eval needs some" in told
+    assert "no test cases, which --eval needs" in told
     assert "classes without a voxel: spleen" in told
     assert "replaces" not in told
     with pytest.raises(FileNotFoundError, match="no test slices in .* --test_fraction"):
@@ -359,7 +359,7 @@ def test_a_store_that_is_made_otherwise_says_so_and_what_it_lacks(tmp_path, caps
     prepare("folder", images, out, *labels, "--window", "bone")
     told = capsys.readouterr().out
     assert "replaces a store with another window" in told
-    assert "the folds of the store before are gone" in told
+    assert "the previous store's folds are gone" in told
     assert "error: folder: images and labels are the same folder" in refused(
         capsys, "folder", "--input", images, "--labels", images, "--output", tmp_path / "b"
     )

@@ -68,8 +68,8 @@ def test_several_processes_without_world_size_are_refused(
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK: 'x' is not a whole number"),
         ({"RANK": "0", "WORLD_SIZE": "9" * 50}, "WORLD_SIZE: '9999"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "process number 2 does not fit 2 processes"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "process number 0 does not fit 0 processes"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "process number 2 is too high for --world_size 2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "process number 0 is too high for --world_size 0"),
         ({"SLURM_PROCID": "-1", "SLURM_NTASKS": "2"}, "SLURM_PROCID: '-1' is not"),
     ],
 )

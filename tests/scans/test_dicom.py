@@ -30,7 +30,7 @@ REASONS = {
     "a slice missing": r"1 slice missing: 02\.dcm and 04\.dcm lie 5 mm apart, others 2\.5 mm",
     "two slices missing": "2 slices missing",
     "a slice doubled": r"duplicate: 04\.dcm and 05\.dcm lie at the same position",
-    "a file copied": r"duplicate: 02 copy\.dcm and 02\.dcm are copies|duplicate: 02\.dcm and 02 copy",
+    "a file copied": r"duplicate: (02 copy\.dcm and 02\.dcm are copies|02\.dcm and 02 copy)",
     "one without position": r"1 of 6 slices state no position, 03\.dcm for one",
     "one without orientation": "1 of 6 slices state no orientation",
     "one without pixel spacing": "1 of 6 slices state no pixel spacing",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dataset.phantom.belly import LIVER, draw_case
+from tests.helpers.described import assert_described
 from tests.helpers.serving import Running, flags_of, random_weights, server
 
 CHROMIUM = shutil.which("chromium")
@@ -105,6 +106,7 @@ def test_marks_are_checked_and_a_second_tab_is_read_only(running: Running) -> No
     assert (out / "labels" / "belly1.nii.gz").exists()
     prompts = json.loads((out / "belly1_prompts.json").read_text())
     assert prompts["objects"][0]["points"] == [[55, 55, 40, 1]]  # RAS on disk, LPS on the page
+    assert_described(out, names=("belly0", "belly1"))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

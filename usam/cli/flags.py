@@ -231,8 +231,8 @@ FLAGS = (
          "write the LoRA weights of --resume in SAMed's format to this file (.pth, .safetensors)",
          path, model=USAM, metavar="FILE"),
     Flag("export_weights", "run",
-         "write the weights of --resume to this file, as SAM-Med3D's published checkpoints hold "
-         "them", path, model=MED3D, metavar="FILE"),
+         "write the weights of --resume to this file, in the format of SAM-Med3D's published "
+         "checkpoints", path, model=MED3D, metavar="FILE"),
     Flag("output_dir", "run", "output folder",
          path, metavar="PATH", shown="chkpt; phantom: chkpt/phantom"),
     Flag("tensorboard", "run", "also write the curves for TensorBoard", None),

@@ -29,7 +29,7 @@ GRID = 16  # windows begin at multiples of side / GRID voxels from the first, so
 
 @dataclass
 class Window:
-    """A cube of the volume from voxel `origin`; `logits` (1, 1, s, s, s) is its last answer.
+    """A cube of the volume from voxel `origin`; `logits` (1, 1, s, s, s) is its last prediction.
 
     `hint` is a click the growing itself makes: (voxel, label).
     """
@@ -116,7 +116,7 @@ class Session:
 
     @property
     def num_windows(self) -> int:
-        """Windows that the answer is made of."""
+        """Windows that the prediction is made of."""
         return len(self._windows) + self.num_grown
 
     @property
@@ -125,7 +125,7 @@ class Session:
         return self._logits_in((...,))
 
     def look(self, origin: Voxel) -> None:
-        """Open a window at `origin` and answer without a click, from the given mask alone."""
+        """Open a window at `origin` and predict without a click, from the given mask alone."""
         self._windows.append(self._open(origin))
         if self._known is not None:
             self._answer(self._windows[-1])
@@ -139,7 +139,7 @@ class Session:
         *,
         is_last: bool = True,
     ) -> None:
-        """Add a click, label 1 in the object and 0 outside, and answer.
+        """Add a click, label 1 in the object and 0 outside, and predict.
 
         box: first and last corner of a box around the object, for a model that takes boxes.
         is_last: False where another click follows at once; only the last one's answer grows.
@@ -197,7 +197,7 @@ class Session:
         return all(low <= index < low + self.side for low, index in pairs)
 
     def _answer(self, window: Window) -> None:
-        """Decode the clicks that lie in the window, after its last answer."""
+        """Decode the clicks that lie in the window, starting from its last prediction."""
         clicks = [click for click in self._clicks if self._holds(window, click[0])]
         clicks += [window.hint] if window.hint else []
         device, origin = self._sum.device, torch.tensor(window.origin)
@@ -246,7 +246,7 @@ class Session:
         self.num_grown = len(windows) - len(self._windows)
 
     def _add(self, window: Window) -> None:
-        """Blend a window's answer into the volume's."""
+        """Blend a window's logits into the volume's."""
         answer = self.cache.model.upscale(window.logits)[0, 0]
         inside, own = overlap(window.origin, self.side, self.cache.shape)
         self._sum[inside] += (answer * self._falling)[own]
@@ -320,5 +320,5 @@ def window_weight(side: int, device: torch.device) -> Tensor:
 
 
 def centred(voxel: Voxel, side: int) -> Voxel:
-    """Where a window around `voxel` begins."""
+    """The origin of a window around `voxel`."""
     return tuple(int(index) - side // 2 for index in voxel)

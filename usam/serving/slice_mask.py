@@ -25,7 +25,7 @@ LEAST_PIXELS = 4  # of a slice's mask that is carried on
 
 
 class SliceMask(MarkedMask):
-    """The marks of one object and its mask on the slices that have marks.
+    """The marks of one object and its mask, predicted on the slices that have marks.
 
     A model of several classes answers with all of them: the object is the class at its first
     click, or the largest in its first box. A slice without marks keeps the mask that it started

@@ -1,4 +1,4 @@
-"""An object clicked with SAM-Med3D: windows of the 1.5 mm volume, the mask on the scan's voxels."""
+"""An object clicked with SAM-Med3D, in windows of the 1.5 mm volume; mask on the scan's voxels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from usam.serving.objects import MarkedMask, Region
 
 
 class VolumeMask(MarkedMask):
-    """The marks of one object and its mask, answered by the windows of one scan.
+    """The marks of one object and its mask, predicted in windows of one scan.
 
     The same marks, in the same order, as a file for `--predict --prompts` give the same mask. A
     box becomes a click in its centre, and for a model that takes boxes also a box, which must have

@@ -34,7 +34,7 @@ ONLY_TO_RESUME = ("optimizer", "scaler", "rng", "in_epoch", "unvalidated")  # no
 
 @dataclass
 class Progress:
-    """How far training has come: the next epoch, the next step in it, samples seen by all ranks.
+    """Progress of a training: the next epoch, the next step in it, samples seen by all ranks.
 
     skipped_in_a_row: how many of the last steps were skipped, across epochs.
     """

@@ -53,4 +53,4 @@ def save_published(saved: Mapping[str, Any], path: Path) -> str:
         raise OSError(f"could not write {path}: {error}") from error
     points = saved["data"]["num_point_embeddings"]
     note = "" if points == 2 else f"; it has {points} point embeddings, SAM-Med3D's code needs 2"
-    return f"{len(weights)} tensors in {path}, as SAM-Med3D's checkpoints hold them{note}"
+    return f"{len(weights)} tensors in {path}, in SAM-Med3D's format{note}"

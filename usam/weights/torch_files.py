@@ -62,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors by name of a file without any other content; see `read_file`."""
     content = read_file(path)
     if not is_state_dict(content):
-        raise ValueError(f"{path}: wanted tensors by name, as SAM's checkpoints hold them")
+        raise ValueError(f"{path}: expected tensors by name, as in SAM's checkpoints")
     return dict(content)
 
 
