@@ -174,7 +174,9 @@ def test_evaluation_prints_the_same_numbers_twice_and_draws_overlays(
         assert result.code == 0, result.err
         results.append(result.out.replace(str(tmp_path / name), "FOLDER"))
     assert results[0] == results[1]
-    assert "best.pth on 6 test slices of 2 cases of store; prompts: 3 points per class" in results[0]
+    assert (
+        "best.pth on 6 test slices of 2 cases of store; prompts: 3 points per class" in (results[0])
+    )
     assert re.search(r"\norgan +0\.\d{4}  0\.\d{4}\ntumour ", results[0])
     metrics = [(tmp_path / name / "metrics.json").read_bytes() for name in ("a", "b")]
     assert metrics[0] == metrics[1]
