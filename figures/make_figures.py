@@ -1,9 +1,11 @@
-"""Draws the README's pictures from data the project makes itself.
+"""Draws the README's pictures, all but pretrained.png from data the project makes itself.
 
     python figures/make_figures.py --resume chkpt/phantom/best.pth --resume3d chkpt/clicks/best.pth
+    python figures/make_figures.py --scan word_9002.nii.gz --labels labels/word_9002.nii.gz
 
 phantom.png needs nothing; overlays.png needs the checkpoint of the README's first command and
-volumes.png that of its SAM-Med3D training, whose --eval draws clicks.png.
+volumes.png that of its SAM-Med3D training, whose --eval draws clicks.png. pretrained.png needs a
+CT, its labels with WORD's ids, and LiteMedSAM's weights.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -29,14 +32,18 @@ from usam.evaluation import clicks as clicks3d  # noqa: E402
 from usam.evaluation.pixels import predictions  # noqa: E402
 from usam.models.sam_med3d import build_sam_med3d  # noqa: E402
 from usam.models.usam import build_usam  # noqa: E402
+from usam.prediction.pretrained import SliceSegmenter, box_of, open_scan  # noqa: E402
 from usam.runtime.figures import blend  # noqa: E402
 from usam.runtime.precision import select_precision  # noqa: E402
 from usam.weights import usam as weights  # noqa: E402
+from usam.weights.pretrained import load_pretrained  # noqa: E402
 from usam.weights.state_dict import load_model_state  # noqa: E402
 
 COLUMNS = 4
 CPU = torch.device("cpu")
 ORGANS = (1, 3, 5)  # of phantom3d: liver, left kidney, aorta
+PRETRAINED_ORGANS = (("liver", 1, "#ffb000"), ("spleen", 2, "#648fff"), ("stomach", 5, "#dc267f"))
+MARGIN = 3  # pixels between an organ and its box
 
 
 def draw_phantom(path: Path, patients: tuple[int, ...] = (10, 11, 4)) -> None:
@@ -139,6 +146,44 @@ def draw_volumes(path: Path, resume: Path, case: int = 0) -> None:
     print(path)
 
 
+def draw_pretrained(path: Path, scan_file: Path, label_file: Path) -> None:
+    """The middle slice of a CT: boxes drawn from its labels, and what LiteMedSAM makes of them.
+
+    Each box is 3 pixels wider on each side than its organ; the Dice is of this slice.
+    """
+    scan = open_scan(scan_file, argparse.Namespace(window=None, channel=None, series=None))
+    k = scan.shape[0] // 2
+    truth = scan.canonical(np.asanyarray(nib.load(label_file).dataobj))[k]
+    segmenter = SliceSegmenter(
+        load_pretrained("vit_t", None)[0], scan, select_precision("off", CPU)
+    )
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    shown, answer = figure.subplots(1, 2)
+    scores = []
+    for name, label, color in PRETRAINED_ORGANS:
+        organ = truth == label
+        x1, y1, x2, y2 = box_of(organ)
+        box = (x1 - MARGIN, y1 - MARGIN, x2 + MARGIN, y2 + MARGIN)
+        found = segmenter.logits(k, box) > 0
+        scores.append(f"{name} {2 * (found & organ).sum() / (found.sum() + organ.sum()):.2f}")
+        size = box[2] - box[0], box[3] - box[1]
+        shown.add_patch(Rectangle(box[:2], *size, fill=False, color=color, linewidth=1.6))
+        tint = np.zeros((*found.shape, 4))
+        tint[found] = (*to_rgb(color), 0.45)
+        answer.imshow(tint, zorder=2)
+        answer.contour(organ, levels=[0.5], colors="white", linewidths=0.9, linestyles="--")
+    for axis in (shown, answer):
+        axis.imshow(scan.plane(k), cmap="gray", zorder=1)
+        rows, columns = (np.flatnonzero((scan.plane(k) > 0).any(axis=side)) for side in (1, 0))
+        axis.set_xlim(columns[0], columns[-1])
+        axis.set_ylim(rows[-1], rows[0])
+        axis.set_axis_off()
+    shown.set_title("CT with a box around each organ", loc="left", fontsize=11)
+    answer.set_title(f"LiteMedSAM, Dice: {', '.join(scores)}", loc="left", fontsize=11)
+    figure.savefig(path, dpi=90)
+    print(path)
+
+
 def finish(figure: Figure, axes, classes: list[str], colors: list[str], path: Path) -> None:
     """Legend, no axes, and the file."""
     for axis in axes.flat:
@@ -154,9 +199,13 @@ if __name__ == "__main__":
     parser.add_argument("--resume", type=Path, help="checkpoint of the phantom run")
     parser.add_argument("--data_root", type=Path, help="the phantom's folder (data/phantom)")
     parser.add_argument("--resume3d", type=Path, help="checkpoint of the phantom3d run")
+    parser.add_argument("--scan", type=Path, help="a CT, for pretrained.png")
+    parser.add_argument("--labels", type=Path, help="its labels, with WORD's ids")
     flags = parser.parse_args()
     draw_phantom(HERE / "phantom.png")
     if flags.resume:
         draw_overlays(HERE / "overlays.png", flags.resume, flags.data_root)
     if flags.resume3d:
         draw_volumes(HERE / "volumes.png", flags.resume3d)
+    if flags.scan and flags.labels:
+        draw_pretrained(HERE / "pretrained.png", flags.scan, flags.labels)

@@ -80,6 +80,7 @@ class USamTask:
         validates = can_validate(self.val_data)
         self.val_loader = evaluation_loader(self.val_data, **loading) if validates else None
         self.info = self.train_data.info | model_info(args, saved)
+        self.info["preparation"] = self.model.preparation
         self.info |= case_record(args, saved, self.train_data, self.val_data)
         self.balanced = ClassBalancedSampling(args.foreground_share, self.train_data.by_class)
         weights = class_weights(args.class_weights, self.train_data.class_pixels)

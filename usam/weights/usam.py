@@ -167,6 +167,11 @@ def load_usam(
         data.get("adapter", "u"), tuning, stride_of(sam_part(state)),
     )  # fmt: skip
     load_model_state(model, state, source)
+    if data.get("preparation", model.preparation) != model.preparation:
+        raise ValueError(
+            f"{source} was trained on the scale {data['preparation']!r:.20}, its weights are for "
+            f"{model.preparation!r}; the checkpoint is damaged"
+        )
     return model
 
 
