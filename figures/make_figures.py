@@ -157,7 +157,7 @@ def draw_pretrained(path: Path, scan_file: Path, label_file: Path) -> None:
     segmenter = SliceSegmenter(
         load_pretrained("vit_t", None)[0], scan, select_precision("off", CPU)
     )
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     shown, answer = figure.subplots(1, 2)
     scores = []
     for name, label, color in PRETRAINED_ORGANS:
@@ -167,7 +167,7 @@ def draw_pretrained(path: Path, scan_file: Path, label_file: Path) -> None:
         found = segmenter.logits(k, box) > 0
         scores.append(f"{name} {2 * (found & organ).sum() / (found.sum() + organ.sum()):.2f}")
         size = box[2] - box[0], box[3] - box[1]
-        shown.add_patch(Rectangle(box[:2], *size, fill=False, color=color, linewidth=1.6))
+        shown.add_patch(Rectangle(box[:2], *size, fill=False, color=color, linewidth=1.8, zorder=3))
         tint = np.zeros((*found.shape, 4))
         tint[found] = (*to_rgb(color), 0.45)
         answer.imshow(tint, zorder=2)

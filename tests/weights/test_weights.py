@@ -252,6 +252,15 @@ def test_our_checkpoints_read_unchanged(tiny, tmp_path):
     assert not weights.points_are_row_col(checkpoint)
 
 
+def test_a_checkpoint_of_another_scale_than_its_weights_is_refused(tiny):
+    data = {"img_size": 64, "classes": ["background", "a", "b"], "preparation": tiny.preparation}
+    saved = {"model": tiny.state_dict(), "args": {"sam_model": "vit_tiny"}, "data": data}
+    weights.load_usam(saved, Path("a.pth"), None, merge=False)
+    data["preparation"] = "minmax"
+    with pytest.raises(ValueError, match="trained on the scale 'minmax', its weights are for 'us"):
+        weights.load_usam(saved, Path("a.pth"), None, merge=False)
+
+
 def test_neither_ours_nor_published_is_refused(tmp_path):
     path = save({"weights": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth is not a checkpoint of format 1"):
