@@ -182,7 +182,7 @@ def test_published_weights_predict_without_a_checkpoint_of_ours(
         ([], "object has no prompt"),
         (["--point", 1, 1, 1, 0], "only points outside it"),
         (["--box", 1, 2, 3, 4], "--box: expected 6 numbers"),
-        (["--prompts", "none.json"], "none.json: no such file"),
+        (["--prompts", "none.json"], "none.json: no such prompts file"),
         (["--point", 1, 1, 1, "--window", "liver"], "--window is not for --model sam-med3d"),
         (["--point", 1, 1, 1, "--init_mask", "none.nii.gz"], "none.nii.gz"),
         (["--point", 1, 1, 1, "--sam_model", "vit_b"], "was trained with vit_tiny"),
