@@ -79,7 +79,7 @@ def test_an_roi_is_a_box(tmp_path: Path) -> None:
         (points(system="XYZ") | {"controlPoints": [{"position": [1, 2, 3]}]}, "LPS or RAS"),
         (points() | {"coordinateUnits": "um"}, "expected mm"),
         (points() | {"type": "Curve"}, "'Curve'"),
-        ([], "a markup is an object"),
+        ([], "a markup must be a JSON object"),
     ],
 )
 def test_other_markups_are_refused_in_one_line(tmp_path: Path, markup: dict, text: str) -> None:
