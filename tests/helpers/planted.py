@@ -277,7 +277,7 @@ FAULTS = {  # name: (layout, fault, file that must be named, what must be said)
         "store",
         content(MASK, lambda data: data[:-1] + b"\x01"),
         "cases/word_0002",
-        "index counts",
+        "those in the index",
     ),
     "mask outside the table": (
         "store",

@@ -63,7 +63,7 @@ def truncate(store: Path) -> None:
 
 
 FAULTS = {
-    "a label moved": (array(lambda m: m.__setitem__(0, 1)), "index measures"),
+    "a label moved": (array(lambda m: m.__setitem__(0, 1)), "those in the index"),
     "a label beyond the table": (array(lambda m: m.__setitem__((0, 0, 0), 9)), "class table"),
     "an emptied label": (array(lambda m: m.fill(0)), "empty label"),
     "an image cut short": (truncate, "bytes"),
