@@ -116,6 +116,14 @@ def test_evaluation_leaves_scores_and_curves(
     assert len((tmp_path / "clicks.csv").read_text(encoding="utf-8").splitlines()) == 5
     assert "10 clicks" in capsys.readouterr().out and (tmp_path / "clicks.png").exists()
     assert_described(tmp_path)
+    run(
+        usam_py, "--eval", "--resume", whole / "best.pth", "--dataset", "volumes", "--data_root",
+        store, "--classes", "aorta", "--clicks", "challenge", "--output_dir", tmp_path,
+    )  # fmt: skip
+    (one,) = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["by_object"]
+    assert not one["failed"] and one["seconds"] > 0 and len(one["dice"]) == 5
+    assert len((tmp_path / "clicks.csv").read_text(encoding="utf-8").splitlines()) == 6
+    assert "over 90 s" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import torch
 from scipy import ndimage
 
 from usam.evaluation.case_metrics import Part, Row, score_case, score_class
-from usam.evaluation.clicks import object_nsd
-from usam.evaluation.surfaces import surface_dice, surface_distances
+from usam.evaluation.surfaces import object_nsd, surface_dice, surface_distances
 
 
 def ball(radius: int, shift: int = 0) -> np.ndarray:
@@ -27,12 +26,14 @@ def test_both_systems_have_one_nsd() -> None:
     wanted = float(monai.metrics.compute_surface_dice(
         *pair, [1.0], include_background=True, spacing=(1.5, 1.5, 1.5), use_subvoxels=True
     ))  # fmt: skip
-    assert object_nsd(found, truth, 1.5) == row["nsd_1"] == pytest.approx(wanted, abs=1e-5)
+    assert (
+        object_nsd(found, truth, 3 * (1.5,), 1.0) == row["nsd_1"] == pytest.approx(wanted, abs=1e-5)
+    )
 
 
 def test_an_object_that_was_not_found_has_nsd_zero() -> None:
     truth = ball(3)
-    assert object_nsd(truth & False, truth, 1.5) == 0
+    assert object_nsd(truth & False, truth, 3 * (1.5,), 1.0) == 0
 
 
 # ---------------------------------------------------------------------------- cases of one slice
@@ -162,5 +163,5 @@ def test_a_clicked_volume_of_one_slice_is_flat() -> None:
     truth = np.zeros((12, 12, 1), bool)
     truth[4:8, 4:8] = True
     found = np.roll(truth, 1, 1)
-    assert object_nsd(found, truth, 1.5) == pytest.approx(0.5)
-    assert object_nsd(found, truth, 1.0) == 1
+    assert object_nsd(found, truth, 3 * (1.5,), 1.0) == pytest.approx(0.5)
+    assert object_nsd(found, truth, 3 * (1.0,), 1.0) == 1

@@ -19,13 +19,8 @@ from torch import Tensor
 
 from dataset.scans.header import ScanHeader
 from dataset.scans.volumes import Grid, ScanVolume
-from usam.evaluation.clicks import (
-    Item,
-    evaluate_objects,
-    format_clicks,
-    simulated_clicks,
-    write_report,
-)
+from usam.evaluation.click_report import Item, format_clicks, write_report
+from usam.evaluation.clicks import evaluate_objects, simulated_clicks
 from usam.models.sam_med3d import build_sam_med3d
 from usam.prediction.prompts import (
     ObjectPrompts,

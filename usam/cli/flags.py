@@ -262,8 +262,9 @@ FLAGS = (
          "average over flipped views of each slice (flip: 4 views), or flipped and rotated ones "
          "(flip+rot: 8)", choices=TTA, shown="off", model=USAM, runs=("eval", "predict")),
     Flag("clicks", "evaluation",
-         "where the next click is simulated: anywhere in the error, or in its largest region",
-         choices=("random", "largest"), default="random", model=MED3D, resume="kept"),
+         "where the next click is simulated: anywhere in the error, or in its largest region; "
+         "challenge: five clicks and the scores of the CVPR 2025 challenge",
+         choices=("random", "largest", "challenge"), default="random", model=MED3D, resume="kept"),
     Flag("merge", "evaluation",
          "write one report of the cases in several output folders of --eval, such as all folds",
          path, nargs="+", metavar="FOLDER", model=USAM),

@@ -19,17 +19,11 @@ from tqdm import tqdm
 from dataset import VolumeStore, build_volumes, open_volumes
 from dataset.scans.volumes import SPACING
 from dataset.text import counted, printable
+from usam.evaluation import challenge, click_report
 from usam.evaluation.checks import any_record, check_held_out, small_tolerances
-from usam.evaluation.click_report import (
-    NUM_CLICKS,
-    SCORES,
-    TOLERANCE,
-    Item,
-    format_clicks,
-    write_report,
-)
+from usam.evaluation.click_report import NUM_CLICKS, SCORES, TOLERANCE, Item
 from usam.evaluation.metrics import overlap
-from usam.evaluation.surfaces import surface_dice, surface_distances
+from usam.evaluation.surfaces import object_nsd
 from usam.models.prompts import largest_error_click, next_clicks
 from usam.models.sam_med3d import THRESHOLD, SamMed3d
 from usam.prediction.windows import EmbeddingCache, Session
@@ -40,8 +34,7 @@ from usam.runtime.progress import progress_bar
 from usam.weights.sam_med3d import load_or_initialize
 
 OpenCase = Callable[[int], tuple[EmbeddingCache, np.ndarray]]
-
-
+Score = Callable[[EmbeddingCache, np.ndarray, Item], Tensor]
 Normalise = Callable[[Tensor], Tensor]
 
 
@@ -60,15 +53,20 @@ def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None
         Item(number, store.cases[number]["id"], label, store.classes[label])
         for number, label in data.objects
     ]
-    used, notes = check_fit(args, saved, items, store)
+    report = challenge if args.clicks == "challenge" else click_report
+    used, notes = check_fit(args, saved, items, store, report.TOLERANCE)
 
     def open_case(number: int) -> tuple[EmbeddingCache, np.ndarray]:
         image, label = store.read(number)
         return EmbeddingCache(model, image, precision), label
 
-    scores, failed = evaluate_objects(
-        items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
-    )
+    if report is challenge:
+        shape = len(challenge.NUM_CLICKS), len(challenge.SCORES)
+        scores, failed = score_objects(items, open_case, score_in_challenge, shape)
+    else:
+        scores, failed = evaluate_objects(
+            items, open_case, largest=args.clicks == "largest", spacing=SPACING, seed=args.seed
+        )
     if not is_main():
         return
     facts = {
@@ -77,20 +75,27 @@ def evaluate(args: Namespace, precision: Precision, saved: dict[str, Any] | None
         "notes": notes, "held_out": used,
     }  # fmt: skip
     folder = args.output_dir
-    summary = write_report(folder, items, scores, failed=failed, facts=facts)
-    print(format_clicks(summary))
+    summary = report.write_report(folder, items, scores, failed=failed, facts=facts)
+    print(report.format_clicks(summary))
     print(f"scores: {folder / 'metrics.json'}, {folder / 'clicks.csv'}\n"
           f"curves: {folder / 'clicks.png'}")  # fmt: skip
 
 
 def check_fit(
-    args: Namespace, saved: dict[str, Any] | None, items: Sequence[Item], store: VolumeStore
+    args: Namespace,
+    saved: dict[str, Any] | None,
+    items: Sequence[Item],
+    store: VolumeStore,
+    tolerance: float,
 ) -> tuple[dict[str, Any], list[str]]:
-    """How the cases were used in training, and notes; both go into metrics.json."""
+    """How the cases were used in training, and notes; both go into metrics.json.
+
+    tolerance: mm, of the NSD.
+    """
     checkpoints = [(args.resume or args.sam_weight, saved or {"data": {}})]
     digests = store.case_digests(item.case for item in items) if any_record(checkpoints) else {}
     used, notes = check_held_out(checkpoints, digests, override=args.override)
-    notes += small_tolerances([(SPACING,)], [TOLERANCE])
+    notes += small_tolerances([(SPACING,)], [tolerance])
     for line in notes:
         say(line)
     return used, notes
@@ -101,12 +106,26 @@ def evaluate_objects(
 ) -> tuple[np.ndarray, list[Item]]:
     """Scores (objects, clicks, 2) of all processes, and the objects that failed, scored 0.
 
-    open_case: a case's number -> embeddings of its volume and its label map (X, Y, Z). Clicks are
-    drawn from all errors, or set in the middle of the largest; the same for every model. The last
-    axis is Dice and NSD at 1 mm; the second counts NUM_CLICKS clicks. A failure is printed and
-    does not end the evaluation.
+    Clicks are drawn from all errors, or set in the middle of the largest; the same for every
+    model. The last axis is Dice and NSD at 1 mm; the second counts NUM_CLICKS clicks.
     """
-    scores = torch.zeros(len(items), len(NUM_CLICKS), len(SCORES), dtype=torch.float64)
+
+    def score(cache: EmbeddingCache, truth: np.ndarray, item: Item) -> Tensor:
+        generator = None if largest else click_generator(seed, f"{item.case_id}:{item.name}")
+        return _score_object(cache, truth, generator, spacing)
+
+    return score_objects(items, open_case, score, (len(NUM_CLICKS), len(SCORES)))
+
+
+def score_objects(
+    items: Sequence[Item], open_case: OpenCase, score: Score, shape: tuple[int, ...]
+) -> tuple[np.ndarray, list[Item]]:
+    """Scores (objects, *shape) of all processes, and the objects that failed, scored 0.
+
+    open_case: a case's number -> embeddings of its volume and its label map (X, Y, Z). score: the
+    scores (*shape) of one object. A failure is printed and does not end the evaluation.
+    """
+    scores = torch.zeros(len(items), *shape, dtype=torch.float64)
     failed = torch.zeros(len(items), dtype=torch.float64)
     opened: tuple[int, tuple[EmbeddingCache, np.ndarray]] | None = None
     numbers = range(rank(), len(items), world_size())
@@ -116,14 +135,24 @@ def evaluate_objects(
             if opened is None or opened[0] != item.case:
                 opened = item.case, open_case(item.case)
             cache, label = opened[1]
-            generator = None if largest else click_generator(seed, f"{item.case_id}:{item.name}")
-            scores[number] = _score_object(cache, label == item.label, generator, spacing)
+            scores[number] = score(cache, label == item.label, item)
         except (ValueError, OSError, RuntimeError) as error:
             scores[number], failed[number] = 0, 1
             name = printable(f"{item.case_id}, {item.name}")
             tqdm.write(f"{name}: scored 0: {error}", file=sys.stderr)
     scores, failed = reduce_sum(scores).numpy(), reduce_sum(failed)
     return scores, [item for item, bad in zip(items, failed.tolist(), strict=True) if bad]
+
+
+def score_in_challenge(cache: EmbeddingCache, truth: np.ndarray, item: Item) -> Tensor:
+    """Dice, NSD and seconds (5, 3) of one object after each of the challenge's five clicks."""
+    session = Session(cache)
+
+    def answer(voxel: tuple[int, int, int], label: int) -> np.ndarray:
+        session.click(voxel, label)
+        return (session.logits > THRESHOLD).cpu().numpy()
+
+    return torch.from_numpy(challenge.score_clicks(answer, truth, 3 * (SPACING,)))
 
 
 def _score_object(
@@ -138,19 +167,8 @@ def _score_object(
             raise ValueError(f"logits are not finite after {counted(number, 'click')}")
         found = (logits > THRESHOLD).cpu().numpy()
         sizes = [np.count_nonzero(mask) for mask in (found & truth, found, truth)]
-        rows.append([overlap(*sizes)[0], object_nsd(found, truth, spacing)])
+        rows.append([overlap(*sizes)[0], object_nsd(found, truth, 3 * (spacing,), TOLERANCE)])
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def object_nsd(found: np.ndarray, truth: np.ndarray, spacing: float) -> float:
-    """NSD at TOLERANCE mm of masks (X, Y, Z) with cubic voxels; 0 where nothing was found."""
-    if not found.any():
-        return 0.0
-    flat = 1 in truth.shape
-    if flat:  # `surface_distances` expects the single slice on the first axis
-        axis = truth.shape.index(1)
-        found, truth = np.moveaxis(found, axis, 0), np.moveaxis(truth, axis, 0)
-    return surface_dice(surface_distances([(found, truth, 3 * (spacing,))], flat=flat), TOLERANCE)
 
 
 def simulated_clicks(

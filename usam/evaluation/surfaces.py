@@ -43,6 +43,23 @@ def surface_dice(surfaces: Surfaces, tolerance: float) -> float:
     return float(library.compute_surface_dice_at_tolerance(surfaces, tolerance))
 
 
+def object_nsd(
+    found: np.ndarray, truth: np.ndarray, spacing: Sequence[float], tolerance: float
+) -> float:
+    """NSD at `tolerance` of masks (X, Y, Z), also of a single slice along any axis.
+
+    spacing: the size of a voxel along the axes. 0 where nothing was found.
+    """
+    if not found.any():
+        return 0.0
+    flat = 1 in truth.shape
+    if flat:  # `surface_distances` expects the single slice on the first axis
+        axis = truth.shape.index(1)
+        found, truth = np.moveaxis(found, axis, 0), np.moveaxis(truth, axis, 0)
+        spacing = (spacing[axis], *spacing[:axis], *spacing[axis + 1 :])
+    return surface_dice(surface_distances([(found, truth, spacing)], flat=flat), tolerance)
+
+
 def hausdorff95(surfaces: Surfaces) -> float:
     """Distance within which 95 % of either surface, by area, lies from the other."""
     return float(library.compute_robust_hausdorff(surfaces, PERCENT))
