@@ -104,13 +104,9 @@ def evaluate(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> N
 
 def predict(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:
     """Segment the scans of --predict."""
-    if args.model == "sam-med3d":
-        from usam.prediction import volumes as prediction
-    elif saved is None:
-        from usam.prediction import pretrained as prediction
-    else:
-        from usam.prediction import slices as prediction
-    prediction.predict(args, precision, saved)
+    from usam.prediction.predict import predict
+
+    predict(args, precision, saved)
 
 
 def serve(args: Namespace, precision: Any, saved: dict[str, Any] | None) -> None:

@@ -51,6 +51,20 @@ class ScanHeader:
             return None
         return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
 
+    def channel(self, chosen: int | None) -> int:
+        """The number of the volume to read; ValueError if none is chosen of several."""
+        if chosen is None and self.channels > 1:
+            raise ValueError(
+                f"{self.path}: holds {self.channels} volumes; choose one with --channel (0 to "
+                f"{self.channels - 1})"
+            )
+        chosen = chosen or 0
+        if not 0 <= chosen < self.channels:
+            raise ValueError(
+                f"{self.path}: no channel {chosen}; channels are 0 to {self.channels - 1}"
+            )
+        return chosen
+
     def with_remarks(self, *lines: str) -> ScanHeader:
         """The header with further remarks."""
         return replace(self, remarks=(*self.remarks, *lines))
@@ -197,6 +211,19 @@ def narrow(path: Path, array: np.ndarray) -> np.ndarray:
     if bad:
         raise ValueError(f"{path}: {bad} voxels are NaN or infinite; repair the file first")
     return array
+
+
+def whole_as_int16(array: np.ndarray) -> np.ndarray:
+    """bool as uint8; whole numbers that fit as int16, as the files hold that they come from."""
+    if array.dtype == bool:
+        return array.astype(np.uint8)
+    if array.dtype in (np.uint8, np.int16) or not array.size:
+        return array
+    low, high = array.min(), array.max()
+    if not (np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max):
+        return array  # NaN as well
+    is_whole = array.dtype.kind != "f" or bool((array == np.rint(array)).all())
+    return array.astype(np.int16) if is_whole else array
 
 
 def first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from dataset.scans.header import (
     MAX_DEFLATE_RATIO,
+    Scan,
     ScanHeader,
     as_volume,
     check_header,
@@ -46,11 +47,7 @@ class ItkFile:
                 image = sitk.ReadImage(str(path))
         except RuntimeError as error:
             raise ValueError(f"{path}: SimpleITK cannot read its voxels{_reason(error)}") from None
-        i, j, k = self.header.shape
-        components = image.GetNumberOfComponentsPerPixel()
-        stored = sitk.GetArrayViewFromImage(image).reshape(-1, k, j, i, components)
-        repeat, component = divmod(channel, components)
-        return as_stored(path, stored[repeat, ..., component])
+        return _voxels(path, image, self.header.shape, channel)
 
 
 def open_itk(path: Path) -> ItkFile:
@@ -79,6 +76,24 @@ def open_itk(path: Path) -> ItkFile:
     return ItkFile(check_header(header, claimed=claimed, available=available))
 
 
+def scan_of_image(path: Path, image: sitk.Image, channel: int | None) -> Scan:
+    """A SimpleITK image as a scan that is called `path`, with its errors; see read_scan."""
+    shape, repeats = as_volume(path, image.GetSize())
+    components = image.GetNumberOfComponentsPerPixel()
+    dtype = image.GetPixelIDTypeAsString()
+    header = ScanHeader(path, "array", shape, repeats * components, dtype, _affine(image))
+    header = check_header(header, claimed=None, available=0)
+    return Scan(_voxels(path, image, shape, header.channel(channel)), header)
+
+
+def _voxels(path: Path, image: sitk.Image, shape: tuple[int, ...], channel: int) -> np.ndarray:
+    i, j, k = shape
+    components = image.GetNumberOfComponentsPerPixel()
+    stored = sitk.GetArrayViewFromImage(image).reshape(-1, k, j, i, components)
+    repeat, component = divmod(channel, components)
+    return as_stored(path, stored[repeat, ..., component])
+
+
 def voxel_file(path: Path) -> Path | None:
     """The file with a header's voxels; None if they follow the header or are in several files."""
     text = _header_text(path)
@@ -88,7 +103,7 @@ def voxel_file(path: Path) -> Path | None:
     return path.parent / named
 
 
-def _affine(reader: sitk.ImageFileReader) -> np.ndarray:
+def _affine(reader: sitk.ImageFileReader | sitk.Image) -> np.ndarray:
     """(4, 4) index -> RAS mm from an ITK header, which is in LPS."""
     dims = reader.GetDimension()
     direction = np.array(reader.GetDirection(), dtype=np.float64).reshape(dims, dims)[:3, :3]

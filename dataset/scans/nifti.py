@@ -19,6 +19,7 @@ import numpy as np
 from dataset.scans.header import (
     MAX_DEFLATE_RATIO,
     SHEAR_LIMIT,
+    Scan,
     ScanHeader,
     as_volume,
     check_header,
@@ -125,6 +126,27 @@ def open_nifti(path: Path) -> NiftiFile:
     claimed = math.prod(shape) * max(channels, 1) * dtype.itemsize
     header = check_header(header, claimed=claimed, available=available - offset)
     return NiftiFile(header, dtype, offset, *(1.0 if slope is None else slope, inter or 0.0))
+
+
+def scan_of_image(path: Path, image: nib.spatialimages.SpatialImage, channel: int | None) -> Scan:
+    """A nibabel image as a scan that is called `path`, as if it was read from its file."""
+    shape, channels = as_volume(path, image.shape)
+    affine, facts = np.array(image.affine, dtype=np.float64), {}
+    if isinstance(image, nib.Nifti1Image):
+        stored = type(image)(image.dataobj, image.affine, image.header).header  # as it is saved
+        try:
+            affine, remarks, facts = _place(stored, stored, image.shape)
+        except Exception as error:
+            raise ValueError(f"{path}: not a usable NIfTI header ({first_line(error)})") from error
+        facts |= {"remarks": remarks, "nifti": stored.binaryblock}
+    dtype = image.get_data_dtype().name
+    header = ScanHeader(path, "array", shape, channels, dtype, affine, **facts)
+    header = check_header(header, claimed=None, available=0)
+    number = header.channel(channel)
+    voxels = np.asanyarray(image.dataobj).reshape(*shape, channels, order="F")[..., number]
+    if voxels.dtype.kind not in "iuf":
+        raise ValueError(f"{path}: voxels are {voxels.dtype}; expected plain numbers")
+    return Scan(narrow(path, voxels.astype(voxels.dtype.newbyteorder("="), copy=False)), header)
 
 
 def stored_header(block: bytes) -> nib.Nifti1Header:

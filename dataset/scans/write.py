@@ -98,6 +98,40 @@ def _write_planes(file: BinaryIO, head: bytes, label: np.ndarray) -> None:
         file.write(plane.tobytes(order="F"))
 
 
+class ProbabilityArray:
+    """Probabilities in memory: `steps` (I, J, K, classes) uint16 in steps of 1/65535.
+
+    It is filled as a ProbabilityFile is; `save` writes the same file.
+    """
+
+    def __init__(self, num_classes: int, scan: ScanHeader) -> None:
+        self.scan, self.shape = scan, (*scan.shape, num_classes)
+        self.steps = np.zeros(self.shape, dtype=np.uint16, order="F")
+
+    def __enter__(self) -> ProbabilityArray:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def write(
+        self,
+        numbers: Sequence[int],
+        steps: np.ndarray,
+        canonical: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Slices `numbers` as uint16 (n, C, H, W); canonical: (I, J, K) -> (S, H, W), a view."""
+        for class_id in range(self.shape[3]):
+            canonical(self.steps[..., class_id])[list(numbers)] = steps[:, class_id]
+
+    def save(self, path: Path) -> None:
+        """Write the 4D NIfTI."""
+        with ProbabilityFile(path, self.shape[3], self.scan) as file:
+            for k in range(self.shape[2]):
+                plane = self.steps[:, :, k].transpose(2, 0, 1)[None]  # (1, classes, I, J)
+                file.write([k], plane, lambda volume: volume.transpose(2, 0, 1))
+
+
 class ProbabilityFile:
     """A 4D NIfTI (I, J, K, classes) on the disk, written some slices at a time, then named `path`.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dataset.scans.slices import ScanSlices
 from usam.prediction.prompts import ScanPrompts
 from usam.prediction.results import ResultFiles
-from usam.prediction.slices import Predictor, predict_scan
+from usam.prediction.slices import Predictor, segment_scan
 from usam.runtime.precision import Precision
 
 SIDE, DEPTH = 12, 7
@@ -112,11 +112,13 @@ def predict(
 ) -> nib.Nifti1Image:
     """The label map that the scan's prediction leaves behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    predict_scan(
-        ScanSlices(scan, data, window=window), ResultFiles(folder, "out"),
+    files, overlay = ResultFiles(folder, "out"), how.pop("overlay", False)
+    found = segment_scan(
+        ScanSlices(scan, data, window=window),
         Predictor(model, CPU, data, batch_size=3, **how), prompts=prompts or ScanPrompts(),
-        facts={"checkpoint": "best.pth", "model": "oracle"},
+        facts={"checkpoint": "best.pth", "model": "oracle"}, probability_file=files.probabilities,
     )  # fmt: skip
+    found.write(files, overlay=overlay)
     return nib.load(folder / "out_seg.nii.gz")
 
 

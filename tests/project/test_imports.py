@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "usam.training": BASE | {"usam.weights", "usam.prediction", "usam.evaluation"},
     "usam.planning": BASE | {"usam.weights", "usam.training"},
     "usam.serving": BASE | {"usam.weights", "usam.prediction"},
-    "usam": {"usam.models"},  # the earlier import paths
+    "usam.api": BASE | {"usam.weights", "usam.prediction", "usam.serving", "usam.training"},
+    "usam": {"usam.models", "usam.api"},  # the earlier import paths, and `usam.load`
 }
 NO_TORCH = ("usam.cli",)
 FLAG_READERS = {

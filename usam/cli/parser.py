@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from usam.cli.checks import check_cache, check_flags, check_model_flags
@@ -46,6 +47,13 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
+class _Checker(Parser):
+    """A parser whose errors are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(one_line(message))
+
+
 def one_line(text: str) -> str:
     """`text` on one line: control characters as escapes, the middle of a long one cut."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -53,9 +61,9 @@ def one_line(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
-def build_parser() -> Parser:
+def build_parser(kind: type[Parser] = Parser) -> Parser:
     """The parser of all rows of FLAGS."""
-    parser = Parser(
+    parser = kind(
         prog="u-sam.py",
         usage="python u-sam.py [--FLAG VALUE ...]",
         description="Train SAM to segment CT scans, evaluate it and predict with it.",
@@ -106,12 +114,28 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def parse_flags(arguments: list[str] | None = None) -> Namespace:
+def flags_of(values: Mapping[str, Any]) -> Namespace:
+    """The flags that have these values, as `parse_flags` gives them; ValueError where it exits.
+
+    None and False stand for a flag that is left out, True for one without a value.
+    """
+    words = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)] if value else []
+        else:
+            words.append(f"--{name}" if value is True else f"--{name}={value}")
+    return parse_flags(words, _Checker)
+
+
+def parse_flags(arguments: list[str] | None = None, kind: type[Parser] = Parser) -> Namespace:
     """The flags, each checked and checked against the others; exits with one line and code 2.
 
     Those that a checkpoint may fill in are None until `fill_defaults`.
     """
-    parser = build_parser()
+    parser = build_parser(kind)
     arguments = sys.argv[1:] if arguments is None else arguments
     for word in arguments:
         if word.startswith("--") and word.endswith("=--"):  # argparse fails on this value

@@ -20,21 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.palette import class_colors
+from dataset.scans.header import Scan
+from dataset.scans.read import read_scan
 from dataset.scans.slices import ScanSlices
 from dataset.scans.window import parse_window
-from dataset.scans.write import write_label_map
 from dataset.text import counted
 from usam.models.sam import Sam
 from usam.prediction.overlay import Panel, save_montage, spread_slices
-from usam.prediction.prompts import read_prompts
-from usam.prediction.results import (
-    ResultFiles,
-    count_voxels,
-    measured,
-    measured_text,
-    with_warnings,
-)
-from usam.prediction.scans import predict_each, scans_to_predict
+from usam.prediction.results import Segmentation, count_voxels, measured, measured_text
 from usam.prediction.slice_objects import Box, SliceObject, objects_of
 from usam.prediction.slices import keep_largest
 from usam.runtime.precision import Precision
@@ -46,44 +39,55 @@ AIR = -300.0  # HU; only CT has values below
 CACHED = 128  # embeddings of slices, 4 MiB each
 
 
-def predict(args: Namespace, precision: Precision, saved: None = None) -> None:
-    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
-    scans = scans_to_predict(args)
-    contents = read_prompts(args.prompts, scans) if args.prompts else None
-    model, facts = load_pretrained(args.sam_model, args.sam_weight, args.sam_preprocess)
-    model = model.to(precision.device)
-    say(f"{facts['checkpoint']}: {facts['weights']}, input of {facts['input']}")
+class PretrainedModel:
+    """SAM with its own weights, which segments the objects that a user marks on slices.
 
-    def segment(path: Path, files: ResultFiles) -> str:
-        scan = open_scan(path, args)
+    Raises what load_pretrained raises.
+    """
+
+    def __init__(self, args: Namespace, precision: Precision, saved: None = None) -> None:
+        model, facts = load_pretrained(args.sam_model, args.sam_weight, args.sam_preprocess)
+        self.model, self.precision = model.to(precision.device), precision
+        self.facts = {
+            "checkpoint": facts["checkpoint"], "model": facts["weights"],
+            "preparation": facts["input"],
+        }  # fmt: skip
+        say(f"{facts['checkpoint']}: {facts['weights']}, input of {facts['input']}")
+
+    def segment(
+        self,
+        stored: Scan,
+        args: Namespace,
+        contents: Mapping[Path, Any] | None,
+        probability_file: None = None,
+    ) -> Segmentation:
+        """The objects that are marked in a scan (`objects_of`); it has no probabilities."""
+        scan = open_scan(stored, args)
         objects = objects_of(args, contents, scan)
         start = time.monotonic()
-        segmenter = SliceSegmenter(model, scan, precision)
+        segmenter = SliceSegmenter(self.model, scan, self.precision)
         label, empty = segment_objects(segmenter, objects)
         if args.largest_component:
             keep_largest(label)
         seconds = (time.monotonic() - start) / max(segmenter.num_encoded, 1)
-        written = write_results(files, scan, label, objects, facts, overlay=args.overlay)
-        warnings = [f"{name}: nothing found" for name in empty]
-        text = f"{written}\n  window {window_text(scan)}, {seconds:.1f} s per slice"
-        return with_warnings(text, path.name, warnings)
-
-    predict_each(args, scans, segment, precision.device)
+        last = f"\n  window {window_text(scan)}, {seconds:.1f} s per slice"
+        return found_in(scan, label, objects, self.facts, empty=empty, last=last)
 
 
-def open_scan(path: Path, args: Namespace) -> ScanSlices:
+def open_scan(scan: Scan | Path, args: Namespace) -> ScanSlices:
     """The scan with the window of --window, else the abdominal one for CT, percentiles for others.
 
     A scan is taken for CT if it has values of air.
     """
     data = {"orientation": "LPS", "img_size": 0, "window": "percentile"}
-    choice = {"channel": args.channel, "series": args.series}
+    if isinstance(scan, Path):
+        scan = read_scan(scan, args.channel, args.series)
     if args.window:
-        return ScanSlices(path, data, window=parse_window(args.window), **choice)
-    scan = ScanSlices(path, data, **choice)
-    if scan.header.format == "npz" or float(scan.volume.slices.min()) > AIR:
-        return scan
-    return ScanSlices(path, data, window=parse_window(["abdomen"]), **choice)
+        return ScanSlices(scan, data, window=parse_window(args.window))
+    slices = ScanSlices(scan, data)
+    if scan.header.format == "npz" or float(scan.array.min()) > AIR:
+        return slices
+    return ScanSlices(scan, data, window=parse_window(["abdomen"]))
 
 
 def window_text(scan: ScanSlices) -> str:
@@ -228,41 +232,35 @@ def limited(logits: np.ndarray, limit: Box | None) -> np.ndarray:
 # ------------------------------------------------------------------ results
 
 
-def write_results(
-    files: ResultFiles,
+def found_in(
     scan: ScanSlices,
     label: np.ndarray,
     objects: Sequence[SliceObject],
-    facts: Mapping[str, Any],
+    facts: Mapping[str, str],
     *,
-    overlay: bool,
-) -> str:
-    """Write label map, description and, with overlay, a picture; returns a line on the objects."""
-    voxels = count_voxels(label, 256).tolist()
+    empty: Sequence[str],
+    last: str,
+) -> Segmentation:
+    """The result for a label map, with the names of `empty` objects and a `last` line of text."""
+    voxels, header, window = count_voxels(label, 256).tolist(), scan.header, scan.window
     rows = [
         {"name": one.name, "label": one.label, "slices": len(one.slices)}
-        | measured(voxels[one.label], scan.header.voxel_ml)
+        | measured(voxels[one.label], header.voxel_ml)
         for one in objects
     ]
-    if overlay:
-        draw(files.overlay, scan, scan.canonical(label), objects, files.name)
-    files.remove_others([files.overlay] if overlay else [])
-    write_label_map(files.label_map, label, scan.header)
-    header, window = scan.header, scan.window
-    files.describe(
-        {
-            "input": header.path.name,
-            "shape": list(header.shape),
-            "window": list(window) if isinstance(window, tuple) else window,
-            "checkpoint": facts["checkpoint"],
-            "model": facts["weights"],
-            "preparation": facts["input"],
-            "warnings": list(header.remarks),
-            "objects": rows,
-        }
-    )
     found = ", ".join(f"{measured_text(row)} on {counted(row['slices'], 'slice')}" for row in rows)
-    return with_warnings(f"{files.label_map}: {found}", header.path.name, header.remarks)
+    about = {
+        "input": header.path.name,
+        "shape": list(header.shape),
+        "window": list(window) if isinstance(window, tuple) else window,
+        **facts,
+    }
+
+    def picture(path: Path, title: str) -> None:
+        draw(path, scan, scan.canonical(label), objects, title)
+
+    warnings = [*header.remarks, *(f"{name}: nothing found" for name in empty)]
+    return Segmentation(label, header, "objects", rows, about, warnings, f"{found}{last}", picture)
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""Output files of a prediction: names, what may be replaced, class volumes, JSON.
+"""What a prediction found, and its files: names, what may be replaced, class volumes, JSON.
 
 Nothing of a patient but the voxels' place goes into any of them.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 
 from dataset.files import file_digest, write_json
 from dataset.scans.find import scan_stem
+from dataset.scans.header import ScanHeader
+from dataset.scans.write import STEPS, ProbabilityArray, write_label_map
 from dataset.text import counted, printable
 
 PROGRAM = "u-sam.py"
@@ -133,6 +135,95 @@ def result_names(scans: Iterable[Path]) -> list[str]:
             name, number = f"{base}_{number}", number + 1
         names.append(name)
     return names
+
+
+# ------------------------------------------------------------------ what was found
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a model found in one scan: `label_map`, `classes`, `volumes_ml`, `save`.
+
+    label_map (I, J, K) uint8 lies on the scan's voxels, in the order of its file or array; header
+    is the scan's. rows: the classes or objects (`kind`) as --predict describes them.
+    """
+
+    label_map: np.ndarray
+    header: ScanHeader
+    kind: str
+    rows: list[dict[str, Any]]
+    about: Mapping[str, Any]  # the rest of the description
+    warnings: list[str]
+    text: str  # the rows, for the terminal
+    draw: Callable[[Path, str], None] | None = field(default=None, repr=False)  # path, title
+    steps: ProbabilityArray | None = field(default=None, repr=False)
+    written: tuple[Path, ...] = ()  # files of this prediction that exist already
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Names by the number in the label map."""
+        return {row.get("id", row.get("label")): row["name"] for row in self.rows}
+
+    @property
+    def volumes_ml(self) -> dict[str, float | None]:
+        """Volumes in ml by name, without the background; None where spacing is unknown."""
+        named = zip(self.classes.items(), self.rows, strict=True)
+        return {name: row["volume_ml"] for (number, name), row in named if number}
+
+    @property
+    def affine(self) -> np.ndarray | None:
+        """(4, 4) voxel index -> RAS mm; None for a CARE slice."""
+        return self.header.affine
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Voxel size in mm along the label map's axes; None where it is unknown."""
+        return self.header.spacing
+
+    @property
+    def probabilities(self) -> np.ndarray | None:
+        """(classes, I, J, K) float32; None unless they were requested."""
+        if self.steps is None:
+            return None
+        return np.moveaxis(self.steps.steps, -1, 0).astype(np.float32) / STEPS
+
+    def save(
+        self, path: str | Path, *, overlay: bool = False, overwrite: bool = False
+    ) -> list[Path]:
+        """Write what --predict writes, into a folder or as NAME.nii.gz; returns the files.
+
+        In a folder they have the names that --predict gives them. Raises ValueError where a file
+        would be replaced that --predict would not replace, unless with `overwrite`.
+        """
+        path = Path(path)
+        if path.name.endswith(".nii.gz") and not path.is_dir():
+            files = ResultFiles(path.parent, path.name.removesuffix(".nii.gz"), plain=True)
+        elif path.suffix and not path.is_dir():
+            raise ValueError(f"{path}: expected a folder, or a name that ends in .nii.gz")
+        else:
+            files = ResultFiles(path, result_names([self.header.path])[0])
+        files.folder.mkdir(parents=True, exist_ok=True)
+        files.check({self.header.path.resolve()}, overwrite=overwrite)
+        self.write(files, overlay=overlay)
+        found = (files.label_map, files.description, files.overlay, files.probabilities)
+        return [file for file in found if file.exists()]
+
+    def write(self, files: ResultFiles, *, overlay: bool) -> str:
+        """Write label map, description and requested files; returns lines for the terminal."""
+        written = list(self.written)
+        if self.steps is not None:
+            self.steps.save(files.probabilities)
+            written.append(files.probabilities)
+        if overlay:
+            if self.draw is None:
+                raise ValueError("a session draws no picture; save without overlay")
+            self.draw(files.overlay, files.name)
+            written.append(files.overlay)
+        files.remove_others(written)
+        write_label_map(files.label_map, self.label_map, self.header)
+        files.describe({**self.about, "warnings": self.warnings, self.kind: self.rows})
+        text = f"{printable(files.label_map)}: {self.text}"
+        return with_warnings(text, self.header.path.name, self.warnings)
 
 
 # ------------------------------------------------------------------ class volumes

@@ -1,4 +1,4 @@
-"""U-SAM on scans: predicts slices in batches and writes label maps in the scan's own geometry.
+"""U-SAM on scans: predicts slices in batches, for label maps in the scan's own geometry.
 
 Neither logits nor floats of a whole volume are ever held.
 """
@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.palette import class_colors
+from dataset.scans.header import Scan
 from dataset.scans.slices import ScanSlices
 from dataset.scans.window import parse_window, window_misfit
-from dataset.scans.write import STEPS, ProbabilityFile, write_label_map
-from dataset.text import printable
+from dataset.scans.write import STEPS, ProbabilityArray, ProbabilityFile
 from usam.prediction.overlay import Panel, save_montage, spread_slices
-from usam.prediction.prompts import ScanPrompts, read_prompts, slice_prompts_of
-from usam.prediction.results import (
-    ResultFiles,
-    count_voxels,
-    measured,
-    measured_text,
-    with_warnings,
-)
-from usam.prediction.scans import predict_each, scans_to_predict
+from usam.prediction.prompts import ScanPrompts, slice_prompts_of
+from usam.prediction.results import Segmentation, count_voxels, measured, measured_text
 from usam.prediction.slice_prompts import SlicePrompts, marks_on_slices, slice_prompts
 from usam.runtime.precision import Precision
 from usam.runtime.processes import is_main
@@ -45,28 +39,45 @@ BATCHES_AHEAD = 2  # prepared while the device works
 PREPARED = ("orientation", "spacing", "img_size", "clahe", "crop", "body_crop")  # of data
 
 
-def predict(args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
-    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
-    scans = scans_to_predict(args)
-    contents = read_prompts(args.prompts, scans) if args.prompts else None
-    window = parse_window(args.window) if args.window else None
-    model, row_col = load_for_inference(args, precision.device, saved)
-    predictor = Predictor(
-        model.eval(), precision, saved["data"], prompt_mode=args.prompt_mode,
-        points_are_row_col=row_col, batch_size=args.batch_size,
-        threads=args.num_workers, probabilities=args.probabilities, overlay=args.overlay,
-        largest_component=args.largest_component,
-    )  # fmt: skip
-    facts = answers_text(args) | {"model": f"u-sam {args.sam_model}"}
+class SliceModel:
+    """U-SAM of a checkpoint, or the average of several, that segments scans slice by slice.
 
-    def segment(path: Path, files: ResultFiles) -> str:
-        prompts = slice_prompts_of(args, contents, path)
-        scan = ScanSlices(
-            path, saved["data"], window=window, channel=args.channel, series=args.series
-        )
-        return predict_scan(scan, files, predictor, prompts=prompts, facts=facts)
+    Raises what load_for_inference raises.
+    """
 
-    predict_each(args, scans, segment, precision.device)
+    def __init__(self, args: Namespace, precision: Precision, saved: dict[str, Any]) -> None:
+        model, row_col = load_for_inference(args, precision.device, saved)
+        self.predictor = Predictor(
+            model.eval(), precision, saved["data"], prompt_mode=args.prompt_mode,
+            points_are_row_col=row_col, batch_size=args.batch_size, threads=args.num_workers,
+        )  # fmt: skip
+        self.facts = answers_text(args) | {"model": f"u-sam {args.sam_model}"}
+
+    def slices_of(self, scan: Scan, args: Namespace) -> ScanSlices:
+        """A scan as the model was trained, with the window of --window."""
+        window = parse_window(args.window) if args.window else None
+        return ScanSlices(scan, self.predictor.data, window=window)
+
+    def segment(
+        self,
+        scan: Scan,
+        args: Namespace,
+        contents: Mapping[Path, Any] | None,
+        probability_file: Path | None = None,
+    ) -> Segmentation:
+        """What the model finds in a scan with its prompts (`slice_prompts_of`).
+
+        probability_file: where --probabilities go; without one they are kept in memory.
+        """
+        predictor = replace(
+            self.predictor, probabilities=args.probabilities,
+            largest_component=args.largest_component,
+        )  # fmt: skip
+        prompts = slice_prompts_of(args, contents, scan.path)
+        return segment_scan(
+            self.slices_of(scan, args), predictor, prompts=prompts, facts=self.facts,
+            probability_file=probability_file,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,6 @@ class Predictor:
     batch_size: int = 24
     threads: int = 1
     probabilities: bool = False
-    overlay: bool = False
     largest_component: bool = False
 
     @property
@@ -99,39 +109,36 @@ class Predictor:
         return class_colors(self.data.get("colors"), len(self.classes))
 
 
-def predict_scan(
+def segment_scan(
     scan: ScanSlices,
-    files: ResultFiles,
     predictor: Predictor,
     *,
     prompts: ScanPrompts,
     facts: Mapping[str, Any],
-) -> str:
-    """Write the label map, its description and optional files; returns lines on what was found.
+    probability_file: Path | None = None,
+) -> Segmentation:
+    """The classes of a scan, described with `facts`; probabilities as for `SliceModel.segment`.
 
     Raises ValueError where the prompts do not fit the model or the scan.
     """
     given = slice_prompts(prompts, predictor.prompt_mode, scan)
     label = np.zeros(scan.header.shape, dtype=np.uint8, order="F")
-    sink = nullcontext()
-    if predictor.probabilities:
-        sink = ProbabilityFile(files.probabilities, len(predictor.classes), scan.header)
+    number, in_memory, sink = len(predictor.classes), None, nullcontext()
+    if predictor.probabilities and probability_file:
+        sink = ProbabilityFile(probability_file, number, scan.header)
+    elif predictor.probabilities:
+        sink = in_memory = ProbabilityArray(number, scan.header)
     warnings = [*scan.header.remarks, *intensity_warnings(scan)]
     with sink as opened:
-        _segment(scan, predictor, given, scan.canonical(label), opened, files.name)
+        _segment(scan, predictor, given, scan.canonical(label), opened)
     if predictor.largest_component:
         keep_largest(label)
-    written = [files.probabilities] if predictor.probabilities else []
-    if predictor.overlay:
-        _draw(files.overlay, scan, scan.canonical(label), predictor, prompts, files.name)
-        written.append(files.overlay)
-    files.remove_others(written)
-    write_label_map(files.label_map, label, scan.header)
     rows = class_rows(label, predictor, scan.header.voxel_ml)
-    about = describe(scan, given, predictor) | dict(facts)
-    files.describe(about | {"warnings": warnings, "classes": rows})
-    text = f"{printable(files.label_map)}: {one_line(rows)}"
-    return with_warnings(text, scan.header.path.name, warnings)
+    return Segmentation(
+        label, scan.header, "classes", rows, describe(scan, given, predictor) | dict(facts),
+        warnings, one_line(rows), partial(_draw, scan, scan.canonical(label), predictor, prompts),
+        in_memory, (probability_file,) if isinstance(sink, ProbabilityFile) else (),
+    )  # fmt: skip
 
 
 def intensity_warnings(scan: ScanSlices) -> list[str]:
@@ -209,8 +216,7 @@ def _segment(
     predictor: Predictor,
     given: SlicePrompts | None,
     labels: np.ndarray,
-    probabilities: ProbabilityFile | None,
-    name: str,
+    probabilities: ProbabilityFile | ProbabilityArray | None,
 ) -> None:
     """Fill labels (S, H, W), zero before, slice by slice; a slice without a prompt stays zero."""
     numbers = list(range(len(scan))) if given is None else given.slices
@@ -219,6 +225,7 @@ def _segment(
     size = labels.shape[1:]
     if probabilities is not None and len(numbers) < len(scan):
         _write_background(scan, probabilities, sorted(set(range(len(scan))) - set(numbers)))
+    name = scan.header.path.name
     with tqdm(
         total=len(numbers), desc=name, unit="slice", leave=False, disable=not is_main()
     ) as bar:
@@ -299,7 +306,9 @@ def to_native(logits: Tensor, box: Sequence[int], size: tuple[int, int]) -> Tens
     return torch.cat([background, F.pad(inside[:, 1:], margins, value=float("-inf"))], dim=1)
 
 
-def _write_background(scan: ScanSlices, file: ProbabilityFile, numbers: Sequence[int]) -> None:
+def _write_background(
+    scan: ScanSlices, file: ProbabilityFile | ProbabilityArray, numbers: Sequence[int]
+) -> None:
     """Write slices without a prompt as background with probability 1."""
     steps = np.zeros((1, file.shape[3], *scan.shape[1:]), dtype=np.uint16)
     steps[:, 0] = STEPS
@@ -308,11 +317,11 @@ def _write_background(scan: ScanSlices, file: ProbabilityFile, numbers: Sequence
 
 
 def _draw(
-    path: Path,
     scan: ScanSlices,
     labels: np.ndarray,
     predictor: Predictor,
     prompts: ScanPrompts,
+    path: Path,
     name: str,
 ) -> None:
     """A montage of slices with prompts or foreground, as the model saw them, from the feet."""

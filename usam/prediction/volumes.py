@@ -12,51 +12,50 @@ import torch
 from torch import Tensor
 
 from dataset.crops import click_origin
-from dataset.scans.read import read_scan
+from dataset.scans.header import Scan
 from dataset.scans.volumes import ScanVolume, read_label_volume, volume_of
 from dataset.text import counted, printable
 from usam.models.sam_med3d import THRESHOLD
 from usam.prediction.planes import draw_objects
-from usam.prediction.prompts import read_prompts, volume_prompts_of
-from usam.prediction.results import (
-    ResultFiles,
-    count_voxels,
-    measured,
-    measured_text,
-    with_warnings,
-)
-from usam.prediction.scans import predict_each, scans_to_predict
+from usam.prediction.prompts import volume_prompts_of
+from usam.prediction.results import Segmentation, count_voxels, measured, measured_text
 from usam.prediction.volume_prompts import MarkedObject, marked
 from usam.prediction.windows import MAX_WINDOWS, EmbeddingCache, Session, Voxel, centred
 from usam.runtime.precision import Precision
-from usam.weights.sam_med3d import load_or_initialize
+from usam.weights.sam_med3d import PUBLISHED, load_or_initialize
 
 
-def predict(args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
-    """Segment the scans of --predict, each process its share; raises ValueError if one failed."""
-    scans = scans_to_predict(args)
-    if len(scans) > 1 and not args.prompts:
-        raise ValueError(f"--predict names {len(scans)} scans; give their prompts with --prompts")
-    contents = read_prompts(args.prompts, scans) if args.prompts else None
-    model = load_or_initialize(args, saved).to(precision.device).eval()
-    facts = {
-        "checkpoint": str(args.resume or args.sam_weight), "model": f"sam-med3d {args.sam_model}",
-    }  # fmt: skip
+class VolumeModel:
+    """SAM-Med3D, which segments the objects that a user marks in a scan.
 
-    def segment(path: Path, files: ResultFiles) -> str:
-        prompts = volume_prompts_of(args, contents, path)
-        stored = read_scan(path, args.channel, args.series)
+    Raises what load_or_initialize raises.
+    """
+
+    def __init__(self, args: Namespace, precision: Precision, saved: dict[str, Any] | None) -> None:
+        self.model = load_or_initialize(args, saved).to(precision.device).eval()
+        self.precision = precision
+        self.facts = {
+            "checkpoint": str(args.resume or args.sam_weight or PUBLISHED),
+            "model": f"sam-med3d {args.sam_model}",
+        }
+
+    def segment(
+        self,
+        stored: Scan,
+        args: Namespace,
+        contents: Mapping[Path, Any] | None,
+        probability_file: None = None,
+    ) -> Segmentation:
+        """The objects that are marked in a scan (`volume_prompts_of`); it has no probabilities."""
+        prompts = volume_prompts_of(args, contents, stored.path)
         scan, warnings = volume_of(stored), intensity_warnings(stored.array)
         known = read_label_volume(args.init_mask, scan.grid) if args.init_mask else None
         objects = [marked(one, scan, mm=prompts.mm) for one in prompts.objects]
-        cache = EmbeddingCache(model, scan.image, precision)
+        cache = EmbeddingCache(self.model, scan.image, self.precision)
         label, rows = segment_objects(cache, objects, known)
         if stored.is_constant:
             label[:] = 0
-        about = facts | {"warnings": warnings}
-        return write_results(files, scan, label, rows, about, objects if args.overlay else ())
-
-    predict_each(args, scans, segment, precision.device)
+        return found_in(scan, label, rows, self.facts, warnings, objects)
 
 
 def intensity_warnings(array: np.ndarray) -> list[str]:
@@ -149,31 +148,28 @@ def _facts(one: MarkedObject, session: Session, init_mask: np.ndarray | None) ->
 # ------------------------------------------------------------------ results
 
 
-def write_results(
-    files: ResultFiles,
+def found_in(
     scan: ScanVolume,
     label: np.ndarray,
     rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
-    drawn: Sequence[MarkedObject],
-) -> str:
-    """Write label map, description and a picture of the objects `drawn`; returns lines on them.
-
-    label (X, Y, Z) at the volume's voxels; rows: see `segment_objects`.
-    """
+    warnings: Sequence[str],
+    objects: Sequence[MarkedObject],
+) -> Segmentation:
+    """The result for a label (X, Y, Z) at the volume's voxels; rows: see `segment_objects`."""
     header, stored = scan.grid.header, scan.restore(label)
     voxels = count_voxels(stored, 256).tolist()
     rows = [{**row, **measured(voxels[row["label"]], header.voxel_ml)} for row in rows]
-    if drawn:
-        draw_objects(files.overlay, scan, label, drawn, title=files.name)
-    files.remove_others([files.overlay] if drawn else [])
-    scan.save(files.label_map, label)
     of_objects = [line for row in rows for line in _warnings(row)]
-    warnings = [*header.remarks, *facts["warnings"], *of_objects]
-    about = {"input": header.path.name, "shape": list(header.shape), **facts}
-    files.describe({**about, "warnings": warnings, "objects": rows})
-    found = "\n  ".join(map(_line, rows))
-    return with_warnings(f"{printable(files.label_map)}: {found}", header.path.name, warnings)
+
+    def draw(path: Path, title: str) -> None:
+        draw_objects(path, scan, label, objects, title=title)
+
+    return Segmentation(
+        stored, header, "objects", rows,
+        {"input": header.path.name, "shape": list(header.shape), **facts},
+        [*header.remarks, *warnings, *of_objects], "\n  ".join(map(_line, rows)), draw,
+    )  # fmt: skip
 
 
 def _line(row: Mapping[str, Any]) -> str:
