@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import usam
 from dataset.scans.slices import ScanSlices
 from tests.helpers.command import run
 from usam.models.sam import Sam, build_sam
@@ -186,3 +187,8 @@ def test_named_objects_are_segmented_from_the_command_line(
     label = nib.load(tmp_path / "out" / "ct_seg.nii.gz")
     assert np.array_equal(label.affine, nib.load(path).affine)
     assert not np.asarray(label.dataobj)[..., [0, 1, 5, 7, 8]].any()
+    model = usam.load(sam_model="vit_tiny", sam_weight=weights, device="cpu")
+    for given in (prompts, {"objects": objects}):  # from Python: a file, and its content
+        np.testing.assert_array_equal(model.predict(path, prompts=given).label_map, label.dataobj)
+    with pytest.raises(ValueError, match="a session needs a checkpoint"):
+        model.session(path)
