@@ -145,7 +145,7 @@ CHANGED = {  # for each argument kept in a checkpoint: another value, and what b
         "clicks": "largest", "classes": "a", "no_flips": True, "rel_pos": "published", "rounds": 3,
         "sam_preprocess": "minmax", "overwrite": True, "series": 1, "lps": True,
         "names": "nnunet", "serve": 1, "annotate": "a", "serve_key": "a", "max_sessions": 2,
-        "orientation": "RAS",
+        "orientation": "RAS", "cache_embeddings": "a", "cache_size": 3.0,
     },
 }  # fmt: skip
 
