@@ -234,7 +234,7 @@ def _voxel(values: Sequence[int]) -> tuple[int, int, int]:
 
 @contextmanager
 def _in_one_line(scan: Scan) -> Iterator[None]:
-    """Errors of the block as the command line states them: a sentence that names the scan."""
+    """Context manager that raises errors in the words of the command line, naming the scan."""
     try:
         yield
     except AssertionError:  # a mistake of ours

@@ -152,7 +152,7 @@ def write_arrays(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.n
 
 
 def write_checked_index(folder: Path | str, index: Entry, store: type[Store]) -> Path:
-    """Writes a store's index, last and atomically: a store with an index is complete. Its path.
+    """Writes a store's index, last and atomically: a store with an index is complete. Returns its path.
 
     Cases are sorted by file name; what is written is checked as on reading. Raises ValueError.
     """
