@@ -154,7 +154,8 @@ def write_arrays(folder: Path | str, entry: Entry, image: np.ndarray, mask: np.n
 def write_checked_index(folder: Path | str, index: Entry, store: type[Store]) -> Path:
     """Writes a store's index, last and atomically: a store with an index is complete.
 
-    Returns its path. Cases are sorted by file name; what is written is checked as on reading. Raises ValueError.
+    Returns its path. Cases are sorted by file name; what is written is checked as on reading.
+    Raises ValueError.
     """
     path = Path(folder) / "index.json"
     index = {**index, "cases": sorted(index["cases"], key=lambda case: case["file"])}
