@@ -300,6 +300,14 @@ def test_a_resumed_run_keeps_its_values_unless_a_recipe_is_given() -> None:
     assert settled("--resume", "x", "--recipe", "published", "--ema", "0.9", saved=saved).ema == 0.9
 
 
+def test_a_recipe_with_cached_embeddings_is_resumed_without_augmentation() -> None:
+    words = ("--recipe", "strong", "--cache_embeddings", "c", "--tuning", "decoder")
+    words += ("--adapter", "none")
+    first = settled(*words)
+    saved = {"args": vars(first), "data": {"img_size": 224}}
+    assert first.augment == settled(*words, "--resume", "x", saved=saved).augment == "none"
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -197,7 +197,7 @@ def fill_defaults(args: Namespace, saved: dict[str, Any] | None) -> None:
         defaults = {name: value for name, value in defaults.items() if name not in PLANNED}
     elif args.model == USAM:
         defaults |= RECIPES.get(args.recipe, {})
-    if args.cache_embeddings and not saved:
+    if args.cache_embeddings and (not saved or args.recipe):  # a preset's augmentation gives way
         defaults["augment"] = "none"
         defaults.setdefault("tuning", "full")
     for name, value in (defaults | described).items():
