@@ -150,7 +150,7 @@ def test_files_that_do_not_fit_are_named_for_what_they_are(
     contents = {
         "MobileSAM weights .vit_t.; --sam_model is vit_tiny": tiny_vit(16),
         "LiteMedSAM weights .vit_t.; --sam_model is vit_tiny": tiny_vit(4),
-        "SAM-Med2D weights, whose encoder has adapter layers": {"model": sam | adapters},
+        "SAM-Med2D weights, which are not supported .their encoder has": {"model": sam | adapters},
         "SAM-Med3D weights": {"model_state_dict": build_sam_med3d("vit_tiny").state_dict()},
         "SAM 2 weights": {"model": {"image_encoder.trunk.pos_embed": torch.zeros(1)}},
         "weights of U-SAM, which --resume and --init read": {"model": toy().state_dict()},
