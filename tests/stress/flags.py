@@ -263,7 +263,7 @@ def judge_process(words: Sequence[str], folder: Path, *, fork: bool) -> str:
     child = begin(words, place, fork=fork)
     most, until, status = 0, time.monotonic() + MAX_WALL, None
     while status is None and time.monotonic() < until:
-        most = max(most, len(alive_in_session(child)))
+        most = max(most, len(lasting_in_session(child)))
         time.sleep(0.02)
         status = ended(child)
     with contextlib.suppress(ProcessLookupError):
@@ -282,6 +282,22 @@ def judge_process(words: Sequence[str], folder: Path, *, fork: bool) -> str:
     if status != 2 or len(lines) != 1 or not is_one_line(lines[0]):
         return f"code {status}, {len(lines)} errors: {texts[1][-200:]!r}"
     return "refused"
+
+
+def lasting_in_session(session: int) -> set[int]:
+    """Processes of a session that compute; git, asked once for the revision, is not one of them."""
+    found = set(alive_in_session(session))
+    if len(found) > 1:
+        time.sleep(0.2)
+        found = {n for n in found & set(alive_in_session(session)) if name_of(n) != "git"}
+    return found
+
+
+def name_of(process: int) -> str:
+    """Name of a process's program, "" if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/comm").read_text(encoding="utf-8").strip()
+    return ""
 
 
 def begin(words: Sequence[str], place: Path, *, fork: bool) -> int:
