@@ -77,9 +77,9 @@ def headline(data: Summary, machine: Machine, budget: float | None) -> str:
     classes = counted(len(data.classes) - 1, "class", "classes")
     return (
         f"--recipe auto: {counted(data.cases, 'case')}, {counted(data.slices, 'slice')} of "
-        f"{classes} to train on, {counted(data.val_slices, 'slice')} to validate on"
+        f"{classes} for training, {counted(data.val_slices, 'slice')} for validation"
         + (f", {duration_text(budget)}" if budget else "")
-        + f" on {machine.name}"
+        + f", on {machine.name}"
     )
 
 

@@ -30,12 +30,15 @@ SCRIPT = ROOT / "u-sam.py"
 SMALL = {"side": 16, "num_slices": 4, "test": 1}  # the slices they run on
 FLAGS = (
     *("--dataset", "store", "--sam_model", "vit_tiny", "--sam_weight", "none", "--img_size", "16"),
-    *("--device", "cpu", "--amp", "off", "--warmup", "--clip_max_norm", "1", "--prompt_mode", "3"),
+    *("--device", "cpu", "--amp", "off", "--recipe", "published", "--warmup"),
+    *("--clip_max_norm", "1", "--prompt_mode", "3"),
 )
 
 
 class TinyNet(Toy):
     """A network of some hundred weights in U-SAM's place; all else is u-sam.py's own."""
+
+    preparation = "usam"
 
     def parameter_groups(self, lr: float, lr_vit: float, lr_backbone: float) -> list[dict]:
         """Two groups, so that rates differ."""
